@@ -1,0 +1,126 @@
+"""The building blocks: RMSNorm, rotary embedding, and a Linear whose LoRA adapter is gated by row.
+
+Numerics: parameters and activations are bfloat16 or float32; norms, rotary tables and logits are computed in float32;
+float32 matrix products really are float32 (``Precision.HIGHEST``: accelerators would otherwise round to tf32 or bf16).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from idlm_jax.config import RopeConfig
+
+Rope = tuple[Float[Array, "B L 1 half"], Float[Array, "B L 1 half"]]
+
+
+def matmul(x: Float[Array, "*rows I"], kernel: Float[Array, "I O"]) -> Float[Array, "*rows O"]:
+    """``x @ kernel`` in the dtype of ``x``; float32 inputs are multiplied in float32 on every platform."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.matmul(x, kernel, precision=precision)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis: computed in float32, cast back, then scaled (method.md 1.1)."""
+
+    def __init__(self, params: dict, epsilon: float):
+        self.scale = nnx.Param(params["scale"])
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        """Normalise ``x``; the result has its dtype."""
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        return self.scale[...] * normed.astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """A dense layer ``x @ kernel + bias`` with an optional LoRA term that acts on trailing rows only.
+
+    ``lora`` holds ``a`` [in, R] and ``b`` [R, out]; the gated term is ``scale * (x a) b`` (method.md 4).
+    """
+
+    def __init__(self, params: dict, lora: dict | None = None, lora_scale: float = 1.0):
+        self.kernel = nnx.Param(params["kernel"])
+        self.bias = nnx.Param(params["bias"]) if "bias" in params else None
+        self.lora_a = nnx.LoRAParam(lora["a"]) if lora else None
+        self.lora_b = nnx.LoRAParam(lora["b"]) if lora else None
+        self.lora_scale = lora_scale
+
+    def __call__(self, x: Float[Array, "B L I"], adapter_from: int | None = None) -> Float[Array, "B L O"]:
+        """Apply the layer; rows ``adapter_from`` and later also get the adapter, ``None`` leaves it out.
+
+        The gate is a static row number, so rows before it run the very same arithmetic with and without an adapter.
+        """
+        y = matmul(x, self.kernel[...])
+        if self.bias is not None:
+            y = y + self.bias[...]
+        if self.lora_a is None or self.lora_b is None or adapter_from is None or adapter_from >= x.shape[1]:
+            return y
+        delta = matmul(matmul(x[:, adapter_from:], self.lora_a[...]), self.lora_b[...])
+        adapted = y[:, adapter_from:] + (self.lora_scale * delta).astype(y.dtype)
+        return jnp.concatenate([y[:, :adapter_from], adapted], axis=1)
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
+    """Inverse frequencies [head_dim / 2] float32 and the factor on cos and sin, as transformers computes them."""
+    inverse = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if rope.kind == "linear":
+        return (inverse / rope.factor).astype(np.float32), 1.0
+    if rope.kind == "llama3":
+        return _llama3(rope, inverse).astype(np.float32), 1.0
+    if rope.kind == "yarn":
+        return _yarn(rope, inverse, head_dim).astype(np.float32), _yarn_attention_factor(rope)
+    return inverse.astype(np.float32), 1.0
+
+
+def _llama3(rope: RopeConfig, inverse: np.ndarray) -> np.ndarray:
+    """Llama 3.1: long wavelengths are slowed by ``factor``, short ones kept, those between interpolated."""
+    turns = rope.original_max_position_embeddings * inverse / (2 * math.pi)
+    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return (1 - smooth) * inverse / rope.factor + smooth * inverse
+
+
+def _yarn(rope: RopeConfig, inverse: np.ndarray, head_dim: int) -> np.ndarray:
+    """YaRN (arXiv 2309.00071): a linear ramp over dimensions between interpolation and extrapolation."""
+
+    def dimension_of(rotations: float) -> float:
+        length = rope.original_max_position_embeddings
+        return head_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (np.arange(head_dim // 2) - low) / max(high - low, 1e-3)
+    interpolated = np.clip(ramp, 0.0, 1.0)
+    return inverse / rope.factor * interpolated + inverse * (1 - interpolated)
+
+
+def _yarn_attention_factor(rope: RopeConfig) -> float:
+    def magnitude(mscale: float) -> float:
+        return 0.1 * mscale * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return magnitude(rope.mscale) / magnitude(rope.mscale_all_dim)
+    return magnitude(1.0)
+
+
+def rope_tables(rope: RopeConfig, head_dim: int, positions: Int[Array, "B L"]) -> Rope:
+    """cos and sin of every position, float32, with an axis for the heads."""
+    inverse, factor = rope_frequencies(rope, head_dim)
+    angles = positions[:, :, None, None].astype(jnp.float32) * inverse
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def apply_rope(x: Float[Array, "B L H d"], tables: Rope) -> Float[Array, "B L H d"]:
+    """Rotate-half rotary embedding in float32, cast back to the dtype of ``x``."""
+    cos, sin = tables
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,179 @@
+"""The decoder-only transformer of the Qwen3, SDAR, Qwen2 and Llama families, in Flax NNX.
+
+The module knows nothing of caches and masks: whoever runs it passes ``attend``, which sees the queries, keys and values
+of one layer (after qk-norm and RoPE) together with that layer's carried state, and returns the attention output and the
+new state. A plain causal pass, chunked prefill, a decoding window and two-stream training differ only in ``attend``.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from idlm_jax.backbone.adapter import Adapter
+from idlm_jax.backbone.layers import Linear, RMSNorm, Rope, apply_rope, matmul, rope_tables
+from idlm_jax.backbone.weights import Params, is_stacked
+from idlm_jax.config import ModelConfig
+from pallas_kernels.decode_attention.reference import window_attention
+
+ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
+
+
+class Attend(Protocol):
+    """Attention of one layer over whatever keys the caller keeps."""
+
+    def __call__(
+        self,
+        q: Float[Array, "B L H d"],
+        k: Float[Array, "B L K d"],
+        v: Float[Array, "B L K d"],
+        state: Any,
+    ) -> tuple[Float[Array, "B L H d"], Any]:
+        """Return the attention output and the layer's new state."""
+        ...
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with qk-norm before RoPE where the family has it (method.md 1.1)."""
+
+    def __init__(self, config: ModelConfig, params: Params, lora: dict, lora_scale: float):
+        self.head_dim = config.head_dim
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            Linear(params[name], lora.get(name), lora_scale) for name in ATTENTION_TARGETS
+        )
+        self.q_norm = RMSNorm(params["q_norm"], config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(params["k_norm"], config.rms_norm_eps) if config.qk_norm else None
+
+    def __call__(
+        self, x: Float[Array, "B L D"], rope: Rope, attend: Attend, state: Any, adapter_from: int | None
+    ) -> tuple[Float[Array, "B L D"], Any]:
+        """Project, rotate, attend, project back."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = self.q_proj(x, adapter_from).reshape(heads)
+        k = self.k_proj(x, adapter_from).reshape(heads)
+        v = self.v_proj(x, adapter_from).reshape(heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out, state = attend(apply_rope(q, rope), apply_rope(k, rope), v, state)
+        return self.o_proj(out.reshape(*x.shape[:2], -1), adapter_from), state
+
+
+class MLP(nnx.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, params: Params, lora: dict, lora_scale: float):
+        self.gate_proj, self.up_proj, self.down_proj = (
+            Linear(params[name], lora.get(name), lora_scale) for name in MLP_TARGETS
+        )
+
+    def __call__(self, x: Float[Array, "B L D"], adapter_from: int | None) -> Float[Array, "B L D"]:
+        """Apply the three projections."""
+        return self.down_proj(
+            jax.nn.silu(self.gate_proj(x, adapter_from)) * self.up_proj(x, adapter_from), adapter_from
+        )
+
+
+class Block(nnx.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, config: ModelConfig, params: Params, lora: dict, lora_scale: float):
+        self.input_layernorm = RMSNorm(params["input_layernorm"], config.rms_norm_eps)
+        self.self_attn = Attention(config, params["self_attn"], lora.get("self_attn", {}), lora_scale)
+        self.post_attention_layernorm = RMSNorm(params["post_attention_layernorm"], config.rms_norm_eps)
+        self.mlp = MLP(params["mlp"], lora.get("mlp", {}), lora_scale)
+
+    def __call__(
+        self, x: Float[Array, "B L D"], rope: Rope, attend: Attend, state: Any, adapter_from: int | None
+    ) -> tuple[Float[Array, "B L D"], Any]:
+        """Attention and MLP, each added to the residual stream."""
+        out, state = self.self_attn(self.input_layernorm(x), rope, attend, state, adapter_from)
+        x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x), adapter_from), state
+
+
+class Qwen3(nnx.Module):
+    """The whole model, built around a parameter tree (``weights.py``) with stacked or unstacked layers.
+
+    The layers of ``adapter``, if there is one, are stacked or unstacked like the parameters; its mask embedding replaces
+    the embedding of the mask token on adapted rows.
+    """
+
+    def __init__(self, config: ModelConfig, params: Params, adapter: Adapter | None = None):
+        self.config = config
+        self.embedding = nnx.Param(params["embed_tokens"]["embedding"])
+        lora = adapter.params["layers"] if adapter else None
+        lora_scale = adapter.config.scale if adapter else 1.0
+        if is_stacked(params):
+            self.layers = Block(config, params["layers"], lora or {}, lora_scale)
+        else:
+            per_layer = zip(params["layers"], lora or [{}] * config.num_hidden_layers, strict=True)
+            self.layers = nnx.List([Block(config, layer, layer_lora, lora_scale) for layer, layer_lora in per_layer])
+        self.norm = RMSNorm(params["norm"], config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else nnx.Param(params["lm_head"]["kernel"])
+        mask_embedding = adapter.params.get("mask_embedding") if adapter else None
+        self.mask_embedding = None if mask_embedding is None else nnx.LoRAParam(mask_embedding)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of parameters and activations."""
+        return self.embedding[...].dtype
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B L"],
+        positions: Int[Array, "B L"],
+        attend: Attend,
+        states: Sequence[Any],
+        adapter_from: int | None = None,
+    ) -> tuple[Float[Array, "B L D"], Any]:
+        """Final hidden states (after the last norm) and the new per-layer states.
+
+        ``states`` has one entry a layer (unstacked) or one tree with a leading layer axis (stacked). Rows from
+        ``adapter_from`` on run with the adapter; ``None`` runs the base model alone.
+        """
+        x = self._embed(tokens, adapter_from)
+        rope = rope_tables(self.config.rope, self.config.head_dim, positions)
+        if isinstance(self.layers, Block):
+            x, states = jax.lax.scan(
+                lambda x, layer: layer[0](x, rope, attend, layer[1], adapter_from), x, (self.layers, states)
+            )
+        else:
+            new_states = []
+            for block, state in zip(self.layers, states, strict=True):
+                x, state = block(x, rope, attend, state, adapter_from)
+                new_states.append(state)
+            states = tuple(new_states)
+        return self.norm(x), states
+
+    def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """Next-token logits in float32: products in the model's dtype, sums in float32."""
+        head = self.embedding[...].T if self.lm_head is None else self.lm_head[...]
+        precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
+        return jnp.matmul(hidden, head, precision=precision, preferred_element_type=jnp.float32)
+
+    def _embed(self, tokens: Int[Array, "B L"], adapter_from: int | None) -> Float[Array, "B L D"]:
+        x = self.embedding[...][tokens]
+        if self.mask_embedding is None or adapter_from is None:
+            return x
+        is_mask = (tokens == self.config.mask_token_id) & (jnp.arange(tokens.shape[1]) >= adapter_from)
+        return jnp.where(is_mask[:, :, None], self.mask_embedding[...].astype(x.dtype), x)
+
+
+def causal_logits(model: Qwen3, tokens: Int[Array, "B L"], adapter_from: int | None = None) -> Float[Array, "B L V"]:
+    """Logits of a plain causal pass without a cache: row i predicts token i + 1."""
+    length = tokens.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (tokens.shape[0], length, length))
+    no_prefix = jnp.zeros((tokens.shape[0],), jnp.int32)
+
+    def attend(q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
+        return window_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), no_prefix, causal), state
+
+    layers = model.config.num_hidden_layers
+    states = None if isinstance(model.layers, Block) else (None,) * layers
+    hidden, _ = model(tokens, positions, attend, states, adapter_from)
+    return model.logits(hidden)
