@@ -1,0 +1,119 @@
+"""Open whatever a path or a Hugging Face Hub id stands for, and load its parameters."""
+
+import difflib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from idlm_jax.backbone.weights import Params, Weight, build_params, weight_table
+from idlm_jax.checkpoint.source import WeightSource
+from idlm_jax.errors import UserError
+
+# What a download from the Hub brings: weights, configuration, tokenizer; no code, no PyTorch files.
+HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def open_source(path_or_hub_id: str | Path) -> WeightSource:
+    """Open a Hugging Face directory, a GGUF file, an Orbax checkpoint of ours, or a model of the Hugging Face Hub."""
+    path = Path(path_or_hub_id).expanduser()
+    if not path.exists():
+        path = _download(str(path_or_hub_id), path)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UserError(f"{path}: give the directory of a checkpoint or a .gguf file")
+        return _open_gguf(path)
+    if (path / "idlm.json").is_file():
+        from idlm_jax.checkpoint.store import OrbaxSource
+
+        return OrbaxSource(path)
+    ggufs = sorted(path.glob("*.gguf"))
+    if ggufs and not any(path.glob("*.safetensors")):
+        if len(ggufs) > 1:
+            raise UserError(f"{path}: holds {len(ggufs)} GGUF files; name one, for example {ggufs[0]}")
+        return _open_gguf(ggufs[0])
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: no checkpoint here (no idlm.json, no config.json, no .gguf file)")
+    from idlm_jax.checkpoint.hf import HFSource
+
+    return HFSource(path)
+
+
+def load_params(
+    source: WeightSource,
+    dtype: jnp.dtype | None = None,
+    sharding: Callable[[Weight], jax.sharding.Sharding] | None = None,
+) -> Params:
+    """The (unstacked) parameters as JAX arrays, in ``dtype`` or as stored, one tensor at a time.
+
+    Arrays go to the default device, or where ``sharding`` puts each weight.
+    """
+    if source.kind == "orbax":  # reads many tensors at once, each already where it belongs
+        return source.load_params(dtype, sharding)
+    # The bar appears on a terminal only, and only when loading takes more than two seconds.
+    progress = tqdm(total=len(weight_table(source.config)), desc="loading", unit="tensor", delay=2, disable=None)
+
+    def make(weight: Weight) -> jax.Array:
+        array = to_device(source.read(weight), dtype, sharding(weight) if sharding else None)
+        progress.update()
+        return array
+
+    with progress:
+        return build_params(source.config, make)
+
+
+def to_device(array: np.ndarray, dtype: jnp.dtype | None, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """One tensor as a JAX array; without a sharding, a transposed view is made contiguous on the device, not here."""
+    dtype = jnp.dtype(array.dtype if dtype is None else dtype)
+    if dtype.itemsize < array.dtype.itemsize:
+        array = array.astype(dtype)  # narrow before the transfer, widen after it
+    if sharding is None and array.ndim == 2 and array.T.flags.c_contiguous:
+        return jnp.asarray(array.T).T.astype(dtype)
+    return jax.device_put(np.ascontiguousarray(array), sharding).astype(dtype)
+
+
+def _open_gguf(path: Path) -> WeightSource:
+    from idlm_jax.checkpoint.gguf import GGUFSource
+
+    return GGUFSource(path)
+
+
+def _download(name: str, path: Path) -> Path:
+    """The local copy of a Hub model; raises UserError that says why ``name`` is neither a path nor such a model."""
+    if not _HUB_ID.fullmatch(name) or name.lower().endswith((".gguf", ".safetensors", ".json")):
+        raise UserError(f"{name}: no such file or directory{_similar_path(path)}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_PATTERNS)))
+    except GatedRepoError:
+        raise UserError(f"{name}: the model is gated; accept its terms on the Hub and log in (hf auth login)") from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{name}: no such directory, and no such model on the Hugging Face Hub{_similar_path(path)}"
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"{name}: no such directory, and the Hugging Face Hub cannot be reached "
+            f"({type(error).__name__}){_similar_path(path)}"
+        ) from None
+
+
+def _similar_path(path: Path) -> str:
+    """``"; did you mean …?"`` for a sibling of nearly the same name."""
+    if not path.parent.is_dir():
+        return ""
+    close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    return f"; did you mean '{path.parent / close[0]}'?" if close else ""

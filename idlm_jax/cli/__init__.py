@@ -1,0 +1,1 @@
+"""The command line: one short file a verb, which parses and prints."""
