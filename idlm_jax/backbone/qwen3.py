@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from idlm_jax.backbone.adapter import Adapter
-from idlm_jax.backbone.layers import Linear, RMSNorm, Rope, apply_rope, matmul, rope_tables
+from idlm_jax.backbone.layers import Linear, RMSNorm, Rope, apply_rope, rope_tables
 from idlm_jax.backbone.weights import Params, is_stacked
 from idlm_jax.config import ModelConfig
 from pallas_kernels.decode_attention.reference import window_attention

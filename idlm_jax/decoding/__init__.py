@@ -1,0 +1,1 @@
+"""Decoding: autoregressive and introspective strided decoding (ISD) as one jitted loop (design.md 7)."""

@@ -1,0 +1,57 @@
+"""The dense key/value cache: one pair of arrays a layer, [batch, key/value heads, slots, head_dim].
+
+A token's slot is its position. A round writes its W rows into slots length … length + W - 1 in row order; clean rows come
+first, so the accepted ones already lie where they belong, and the rest is overwritten by the next round.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from idlm_jax.backbone.qwen3 import Attend
+from idlm_jax.config import ModelConfig
+from pallas_kernels.decode_attention.reference import window_attention
+
+LayerCache = tuple[Float[Array, "B K S d"], Float[Array, "B K S d"]]
+Cache = tuple[LayerCache, ...]
+
+# The smallest cache; larger ones double, so that few programs are compiled.
+SMALLEST_BUCKET = 128
+
+
+def bucket(length: int) -> int:
+    """The smallest cache size (a power of two, at least SMALLEST_BUCKET) that holds ``length`` slots."""
+    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+def init_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+    """An empty cache."""
+    shape = (batch, config.num_key_value_heads, slots, config.head_dim)
+    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers))
+
+
+def cache_bytes(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> int:
+    """Memory of such a cache in bytes."""
+    per_layer = 2 * batch * config.num_key_value_heads * slots * config.head_dim
+    return config.num_hidden_layers * per_layer * jnp.dtype(dtype).itemsize
+
+
+def write_rows(
+    cache: Float[Array, "B K S d"], rows: Float[Array, "B W K d"], length_B: Int[Array, " B"]
+) -> Float[Array, "B K S d"]:
+    """Store W rows at slots ``length … length + W - 1`` of every request."""
+
+    def store(cache_KSd: Array, rows_KWd: Array, length: Array) -> Array:
+        return jax.lax.dynamic_update_slice(cache_KSd, rows_KWd, (0, length, 0))
+
+    return jax.vmap(store)(cache, rows.swapaxes(1, 2).astype(cache.dtype), length_B)
+
+
+def cached_attention(length_B: Int[Array, " B"], mask_BWW: Bool[Array, "B W W"]) -> Attend:
+    """Attention of a window over a cache: store the window's keys and values, then attend to prefix and window."""
+
+    def attend(q: Array, k: Array, v: Array, state: LayerCache) -> tuple[Array, LayerCache]:
+        keys, values = write_rows(state[0], k, length_B), write_rows(state[1], v, length_B)
+        return window_attention(q, keys, values, length_B, mask_BWW), (keys, values)
+
+    return attend

@@ -1,0 +1,155 @@
+"""One ISD round and the loop of rounds: verify the drafts of the round before, emit, draft again (method.md 3.8).
+
+AR decoding is stride 1 of the same program: a window of one row, no drafts. Everything a round decides is decided on the
+device; the loop is one ``lax.while_loop`` that stops after a number of rounds, so that streaming and one-shot decoding
+are the same call.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from idlm_jax.backbone.qwen3 import Qwen3
+from idlm_jax.decoding.cache import Cache, cached_attention
+from idlm_jax.decoding.sampling import Coupling, Drafts, Filters, filtered_log_probs
+from idlm_jax.decoding.window import Layout, build_window
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How to decode; static, one compiled program each."""
+
+    # Most tokens a forward pass can emit; 1 is AR.
+    stride: int
+    layout: Layout
+    coupling: Coupling
+    # True: an adapter acts on mask rows only, and the text is the base model's. False: on every row.
+    gated: bool = True
+
+    @property
+    def adapter_from(self) -> int:
+        """First row of the window on which an adapter acts."""
+        return self.stride if self.gated else 0
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeState:
+    """Everything a batch of requests carries from round to round."""
+
+    # Keys and values of committed tokens: slots 0 … length - 1 of every request.
+    cache: Cache
+    length: Int[Array, " B"]
+    # Last emitted token, whose keys and values are not stored yet (at the start: the last prompt token).
+    pending: Int[Array, " B"]
+    drafts: Drafts
+    # Whether the drafts stand right after the pending token; False makes the next round cold.
+    warm: Bool[Array, " B"]
+    # Emitted tokens (the first ``emitted`` are valid), and for every round the number of accepted drafts, -1 if cold.
+    tokens: Int[Array, "B T"]
+    emitted: Int[Array, " B"]
+    history: Int[Array, "B T"]
+    rounds: Int[Array, " B"]
+    done: Bool[Array, " B"]
+    # The request: filters and seed, the most tokens to emit, and the tokens that end the text (padded with -1).
+    filters: Filters
+    max_tokens: Int[Array, " B"]
+    eos: Int[Array, "B E"]
+
+
+def decode_round(model: Qwen3, state: DecodeState, policy: Policy) -> DecodeState:
+    """One forward pass and its consequences for every request that is not done."""
+    stride, mask_token_id = policy.stride, model.config.mask_token_id
+    window = build_window(
+        policy.layout, stride, mask_token_id or 0, state.length, state.pending, state.drafts.tokens, state.warm
+    )
+    hidden, cache = model(
+        window.tokens,
+        window.positions,
+        cached_attention(state.length, window.mask),
+        state.cache,
+        policy.adapter_from,
+    )
+    logits = model.logits(hidden)
+    if mask_token_id is not None:
+        logits = logits.at[:, :, mask_token_id].set(-jnp.inf)
+
+    key = state.filters.key
+    positions = state.emitted[:, None] + jnp.arange(stride)
+    log_p = filtered_log_probs(logits[:, :stride], state.filters)
+    accepted, token = policy.coupling.verify(log_p, state.drafts, state.warm, key, positions)
+
+    if stride > 1:
+        first_row = stride + policy.layout.surviving_group(accepted) * (stride - 1)
+        rows = first_row[:, None] + jnp.arange(stride - 1)
+        log_q = filtered_log_probs(jnp.take_along_axis(logits, rows[:, :, None], axis=1), state.filters)
+        drafts = policy.coupling.draft(log_q, key, (positions + accepted[:, None] + 1)[:, :-1])
+    else:
+        drafts = state.drafts
+    after = replace(
+        state,
+        cache=cache,
+        length=state.length + accepted + 1,
+        pending=token,
+        drafts=drafts,
+        warm=policy.layout.next_warm(state.warm, accepted, stride),
+    )
+    return _emit(state, after, accepted, token)
+
+
+def _emit(before: DecodeState, after: DecodeState, accepted: Int[Array, " B"], token: Int[Array, " B"]) -> DecodeState:
+    """Append the accepted drafts and the next token, up to the first end token or the request's limit."""
+    depth = before.drafts.tokens.shape[1]
+    k = jnp.arange(depth + 1)
+    padded = jnp.pad(before.drafts.tokens, ((0, 0), (0, 1)))
+    new = jnp.where(k < accepted[:, None], padded, token[:, None])
+    ends = jnp.any(new[:, :, None] == before.eos[:, None, :], axis=2) & (k <= accepted[:, None])
+    until_end = jnp.where(jnp.any(ends, axis=1), jnp.argmax(ends, axis=1) + 1, depth + 1)
+    room = before.max_tokens - before.emitted
+    count = jnp.minimum(jnp.minimum(accepted + 1, until_end), room)
+    finished = jnp.any(ends, axis=1) | (count == room)
+
+    active = ~before.done
+    outcome = jnp.where(before.warm, accepted, -1)
+    append = jax.vmap(lambda row, values, start: jax.lax.dynamic_update_slice(row, values, (start,)))
+    emitted = replace(
+        after,
+        tokens=append(before.tokens, new, before.emitted),
+        emitted=before.emitted + jnp.where(active, count, 0),
+        history=append(before.history, outcome[:, None], before.rounds),
+        rounds=before.rounds + active,
+        done=before.done | finished,
+    )
+    # A request that is done keeps its state; what it wrote beyond its length and counts is never read.
+    freeze = {name: getattr(before, name) for name in ("length", "pending", "warm")}
+    return replace(emitted, **{name: jnp.where(active, getattr(emitted, name), old) for name, old in freeze.items()})
+
+
+def decode_rounds(model: Qwen3, state: DecodeState, rounds: Int[Array, ""], policy: Policy) -> DecodeState:
+    """Up to ``rounds`` rounds, fewer if every request ends before."""
+
+    def unfinished(carry: tuple[Array, DecodeState]) -> Array:
+        i, state = carry
+        return (i < rounds) & ~jnp.all(state.done)
+
+    def body(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
+        i, state = carry
+        return i + 1, decode_round(model, state, policy)
+
+    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+
+def prefill_chunk(
+    model: Qwen3, cache: Cache, tokens: Int[Array, "B C"], start: Int[Array, ""], adapter_from: int | None
+) -> Cache:
+    """Store the keys and values of C prompt tokens of every request at slots ``start …``; computes no logits.
+
+    Shorter prompts are padded on the right: what the padding stores lies beyond their length and is never read.
+    """
+    batch, rows = tokens.shape
+    start_B = jnp.full((batch,), start)
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool)), (batch, rows, rows))
+    positions = start_B[:, None] + jnp.arange(rows)
+    return model(tokens, positions, cached_attention(start_B, causal), cache, adapter_from)[1]

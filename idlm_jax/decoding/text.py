@@ -1,0 +1,82 @@
+"""From committed tokens to text: incremental detokenisation, stop strings, and which characters were drafted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from tokenizers.decoders import DecodeStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of new text."""
+
+    text: str
+    # True when it comes from accepted drafts, False when the verifying rows produced it.
+    drafted: bool
+
+
+class TextBuilder:
+    """Turns one request's tokens into text as they are committed.
+
+    Text that could still become a stop string, and bytes that do not yet make a character, are held back.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", stop: Sequence[str], end_ids: Sequence[int]):
+        self._backend = tokenizer.backend_tokenizer
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stop, self._end_ids = tuple(stop), frozenset(end_ids)
+        self._drafted: list[bool] = []  # one flag a character of ``text``
+        self._released = 0
+        self.text = ""
+        self.token_ids: list[int] = []
+        # "stop" once an end token or a stop string came, else None.
+        self.finish_reason: str | None = None
+
+    def feed(self, tokens: Sequence[int], drafted: Sequence[bool]) -> list[Piece]:
+        """Add committed tokens; returns the text that is now certain. Tokens after the end are ignored."""
+        for token, flag in zip(tokens, drafted, strict=True):
+            if self.finish_reason:
+                break
+            self.token_ids.append(int(token))
+            if token in self._end_ids:
+                self.finish_reason = "stop"
+                break
+            self._append(self._stream.step(self._backend, int(token)) or "", flag)
+        return self._release(len(self.text) if self.finish_reason else len(self.text) - self._held_back())
+
+    def finish(self) -> list[Piece]:
+        """Release what was held back; an incomplete last character is shown as the tokenizer shows it."""
+        if self.finish_reason is None:
+            self.finish_reason = "length"
+            whole = self._tokenizer.decode(self.token_ids, skip_special_tokens=True)
+            if whole.startswith(self.text):
+                self._append(whole[len(self.text) :], False)
+        return self._release(len(self.text))
+
+    def _append(self, text: str, drafted: bool) -> None:
+        searched_from = max(0, len(self.text) - max(map(len, self._stop), default=0))
+        self.text += text
+        self._drafted += [drafted] * len(text)
+        found = [at for stop in self._stop if (at := self.text.find(stop, searched_from)) >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+            self.finish_reason = "stop"
+
+    def _held_back(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        longest = max(map(len, self._stop), default=1) - 1
+        for length in range(min(longest, len(self.text)), 0, -1):
+            if any(stop.startswith(self.text[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+    def _release(self, end: int) -> list[Piece]:
+        begin, self._released = self._released, max(end, self._released)
+        runs = groupby(range(begin, self._released), key=lambda i: self._drafted[i])
+        return [Piece("".join(self.text[i] for i in run), drafted) for drafted, run in runs]
