@@ -69,7 +69,7 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a directory; raises UserError when it holds none or a broken one."""
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"{directory}: no tokenizer (tokenizer.json); copy the tokenizer files of the model into it")
-    with _without_torch_advice():
+    with without_torch_advice():
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
     # AutoTokenizer may need to know the model_type (it does not know 'sdar'); the file itself says all that matters.
     has_fast = (directory / "tokenizer.json").is_file()
@@ -86,7 +86,7 @@ def _names_a_class(directory: Path) -> bool:
 
 
 @contextmanager
-def _without_torch_advice() -> Iterator[None]:
+def without_torch_advice() -> Iterator[None]:
     """transformers advises at its first import to install PyTorch; tokenizers, all that is used of it, need none."""
     name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(name)
