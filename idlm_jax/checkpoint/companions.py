@@ -75,9 +75,11 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     has_fast = (directory / "tokenizer.json").is_file()
     loader = PreTrainedTokenizerFast if has_fast and not _names_a_class(directory) else AutoTokenizer
     try:
-        return loader.from_pretrained(directory, local_files_only=True)
+        tokenizer = loader.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise UserError(f"{directory}: cannot load the tokenizer: {' '.join(str(error).split())}") from None
+    assert tokenizer is not None
+    return tokenizer
 
 
 def _names_a_class(directory: Path) -> bool:

@@ -1,16 +1,20 @@
-"""Hugging Face directories: one safetensors file or shards with an index, read and written one tensor at a time."""
+"""Hugging Face directories: one safetensors file or shards with an index, read and written a tensor at a time."""
 
 import difflib
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 
-from idlm_jax.backbone.weights import Weight, weight_table
+from idlm_jax.backbone.weights import Weight, parameter_count, weight_table
 from idlm_jax.checkpoint import companions, safetensors
+from idlm_jax.checkpoint.atomic import new_directory
 from idlm_jax.checkpoint.safetensors import StoredTensor
+from idlm_jax.checkpoint.source import WeightSource, changed_config, stored_size, target_dtype
 from idlm_jax.config import ModelConfig
 from idlm_jax.errors import UserError
 
@@ -20,10 +24,37 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_KINDS = {"huggingface": "a Hugging Face directory", "orbax": "an Orbax checkpoint", "gguf": "a GGUF file"}
 # Names listed in a message before "…".
 _NAMES_SHOWN = 3
 # Buffers that old checkpoints carry and every reader ignores.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}
+
+A causal language model of the `{family}` family with {parameters} parameters ({dtypes}), written by
+`idlm_jax` from {kind}. The licence is that of the model it was made from.
+
+With transformers:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+With idlm_jax, several tokens a forward pass:
+
+```
+idlm generate {name} --prompt "Why is the sky blue?"
+```
+"""
 
 
 class HFSource:
@@ -55,6 +86,59 @@ class HFSource:
     def copy_companions(self, target: Path) -> None:
         """Copy configuration, tokenizer and licence files."""
         companions.copy_companions(self.path, target)
+
+
+def write_hf(
+    source: WeightSource,
+    target: str | Path,
+    dtype: np.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda size: None,
+) -> None:
+    """Write any source as a Hugging Face directory that transformers loads; ``progress`` hears of the bytes written."""
+    weights = {weight.hf_name: weight for weight in weight_table(source.config)}
+    layout = {name: (target_dtype(source, weight, dtype), weight.hf_shape) for name, weight in weights.items()}
+
+    def read(name: str) -> np.ndarray:
+        array = source.read(weights[name]).astype(layout[name][0], copy=False)
+        return array.T if weights[name].transpose else array
+
+    split = plan_shards(layout, max_shard_size)
+    target = Path(target)
+    with new_directory(target, stored_size(source, dtype), overwrite, source.path) as directory:
+        for file, names in split.filename_to_tensors.items():
+            for size in safetensors.write_file(directory / file, {name: layout[name] for name in names}, read):
+                progress(size)
+        if split.is_sharded:
+            companions.write_json(
+                directory / INDEX_FILE, {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            )
+        source.copy_companions(directory)
+        config = changed_config(source, dtype)
+        if config is not None:
+            companions.write_json(directory / "config.json", config)
+        card = _CARD.format(
+            name=target.name,
+            family=source.config.family,
+            parameters=f"{parameter_count(source.config):,}",
+            kind=_KINDS[source.kind],
+            dtypes=", ".join(sorted({dtype.name for dtype, _ in layout.values()})),
+        )
+        (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def plan_shards(layout: safetensors.Layout, max_shard_size: int | str) -> StateDictSplit:
+    """Which tensor goes to which file; raises UserError for a size like '5 parsecs'."""
+    try:
+        return split_state_dict_into_shards_factory(
+            layout,
+            get_storage_size=lambda entry: math.prod(entry[1]) * entry[0].itemsize,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError:
+        raise UserError(f"shard size {max_shard_size!r} is not a size; write for example 5GB or 500MB") from None
 
 
 def find_tensors(path: Path) -> dict[str, StoredTensor]:

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from idlm_jax.backbone.weights import Params, Weight, build_params, weight_table
+from idlm_jax.checkpoint.arrays import to_device
 from idlm_jax.checkpoint.source import WeightSource
 from idlm_jax.errors import UserError
 
@@ -53,28 +54,23 @@ def load_params(
 
     Arrays go to the default device, or where ``sharding`` puts each weight.
     """
-    if source.kind == "orbax":  # reads many tensors at once, each already where it belongs
-        return source.load_params(dtype, sharding)
+    leaves: dict[str, jax.Array] = {}
     # The bar appears on a terminal only, and only when loading takes more than two seconds.
     progress = tqdm(total=len(weight_table(source.config)), desc="loading", unit="tensor", delay=2, disable=None)
-
-    def make(weight: Weight) -> jax.Array:
-        array = to_device(source.read(weight), dtype, sharding(weight) if sharding else None)
-        progress.update()
-        return array
-
     with progress:
-        return build_params(source.config, make)
+        for weight, array in _read_all(source):
+            leaves[weight.path] = to_device(array, dtype, sharding(weight) if sharding else None)
+            progress.update()
+    return build_params(source.config, lambda weight: leaves[weight.path])
 
 
-def to_device(array: np.ndarray, dtype: jnp.dtype | None, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """One tensor as a JAX array; without a sharding, a transposed view is made contiguous on the device, not here."""
-    dtype = jnp.dtype(array.dtype if dtype is None else dtype)
-    if dtype.itemsize < array.dtype.itemsize:
-        array = array.astype(dtype)  # narrow before the transfer, widen after it
-    if sharding is None and array.ndim == 2 and array.T.flags.c_contiguous:
-        return jnp.asarray(array.T).T.astype(dtype)
-    return jax.device_put(np.ascontiguousarray(array), sharding).astype(dtype)
+def _read_all(source: WeightSource) -> Iterator[tuple[Weight, np.ndarray]]:
+    if source.kind == "orbax":
+        from idlm_jax.checkpoint.store import OrbaxSource
+
+        if isinstance(source, OrbaxSource):
+            return source.read_all()
+    return ((weight, source.read(weight)) for weight in weight_table(source.config))
 
 
 def _open_gguf(path: Path) -> WeightSource:

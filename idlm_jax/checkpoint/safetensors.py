@@ -6,7 +6,7 @@ one tensor at most. The format is an 8-byte length, a JSON header, and the data.
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from idlm_jax.checkpoint.arrays import as_bytes, contiguous
 from idlm_jax.errors import UserError
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -82,13 +83,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     }
 
 
-def write_file(
-    file: Path, layout: dict[str, tuple[np.dtype, tuple[int, ...]]], tensors: Iterable[tuple[str, np.ndarray]]
-) -> Iterator[int]:
-    """Write a file tensor by tensor; yields the bytes written after each.
+Layout = dict[str, tuple[np.dtype, tuple[int, ...]]]
 
-    ``layout`` gives dtype and shape by name; ``tensors`` must yield the arrays in the order of ``file_order(layout)``.
-    """
+
+def write_file(file: Path, layout: Layout, read: Callable[[str], np.ndarray]) -> Iterator[int]:
+    """Write tensors of the dtypes and shapes of ``layout``, each as ``read`` gives it; yields the size of each."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in file_order(layout):
@@ -100,13 +99,15 @@ def write_file(
     encoded += b" " * (-len(encoded) % 8)
     with file.open("wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
-        for (name, array), expected in zip(tensors, file_order(layout), strict=True):
-            if name != expected or (array.dtype, array.shape) != layout[name]:
-                raise ValueError(f"{name} {array.dtype} {array.shape} does not follow the announced layout")
+        for name in file_order(layout):
+            array = read(name)
+            if (array.dtype, array.shape) != layout[name]:
+                raise ValueError(f"{name}: {array.dtype} {array.shape} is not what was announced: {layout[name]}")
             yield _write_array(stream, array)
+            del array
 
 
-def file_order(layout: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> list[str]:
+def file_order(layout: Layout) -> list[str]:
     """The library's own order: widest dtype first (alignment), then by name."""
     rank = list(DTYPES.values()).index
     return sorted(layout, key=lambda name: (-layout[name][0].itemsize, rank(layout[name][0]), name))
@@ -114,11 +115,11 @@ def file_order(layout: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> list[str]
 
 def _write_array(stream: BinaryIO, array: np.ndarray) -> int:
     if array.flags.c_contiguous:
-        stream.write(array.reshape(-1).view(np.uint8).data)
-        return array.nbytes
-    rows = max(1, _BLOCK_BYTES * len(array) // max(array.nbytes, 1))
-    for start in range(0, len(array), rows):
-        stream.write(np.ascontiguousarray(array[start : start + rows]).view(np.uint8).data)
+        stream.write(as_bytes(array))
+    else:
+        rows = max(1, _BLOCK_BYTES * len(array) // array.nbytes)
+        for start in range(0, len(array), rows):
+            stream.write(as_bytes(contiguous(array[start : start + rows])))
     return array.nbytes
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from idlm_jax.backbone.weights import Weight
+from idlm_jax.backbone.weights import Weight, weight_table
 from idlm_jax.config import ModelConfig
+from idlm_jax.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,3 +42,43 @@ class WeightSource(Protocol):
     def copy_companions(self, target: Path) -> None:
         """Write config.json, generation_config.json, tokenizer files and chat template into ``target``."""
         ...
+
+
+def target_dtype(source: WeightSource, weight: Weight, dtype: np.dtype | None) -> np.dtype:
+    """The dtype of a tensor after a conversion to ``dtype``; None keeps each tensor's own."""
+    return source.stored_dtype(weight) if dtype is None else np.dtype(dtype)
+
+
+def stored_size(source: WeightSource, dtype: np.dtype | None = None) -> int:
+    """Bytes of all tensors, after a conversion to ``dtype``."""
+    return sum(weight.size * target_dtype(source, weight, dtype).itemsize for weight in weight_table(source.config))
+
+
+def changed_config(
+    source: WeightSource, dtype: np.dtype | None = None, mask_token_id: int | None = None
+) -> dict[str, Any] | None:
+    """The config.json after a conversion, or None where the original stands as it is."""
+    changed = dict(source.hf_config)
+    if dtype is not None:
+        # transformers 5 writes "dtype", older ones "torch_dtype"; both read either.
+        for key in [key for key in ("dtype", "torch_dtype") if key in changed] or ["dtype"]:
+            changed[key] = np.dtype(dtype).name
+    if mask_token_id is not None:
+        changed["mask_token_id"] = mask_token_id
+    return None if changed == source.hf_config else changed
+
+
+def find_mask_token(source: WeightSource, token: str) -> int:
+    """The id of a mask token given as an id or as the text of exactly one token; raises UserError for anything else."""
+    size = source.config.vocab_size
+    if token.lstrip("-").isdigit():
+        token_id = int(token)
+    else:
+        tokenizer = source.tokenizer()
+        ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise UserError(f"mask token {token!r} is {len(ids)} tokens of this tokenizer; it must be exactly one")
+        token_id = ids[0]
+    if not 0 <= token_id < size:
+        raise UserError(f"mask token id {token_id} is outside the vocabulary (0 … {size - 1})")
+    return token_id
