@@ -94,7 +94,8 @@ def _backend(metadata: Mapping[str, Any], tokens: list[str], pre: str, where: st
     kinds = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     if len(kinds) != len(tokens):
         raise UserError(f"{where}: {len(tokens)} tokens but {len(kinds)} token types")
-    merges = [tuple(merge.split(" ", 1)) for merge in _list_of(metadata, "merges", where)]
+    parts = [merge.partition(" ") for merge in _list_of(metadata, "merges", where)]
+    merges = [(left, right) for left, _, right in parts]
     # Unused rows pad the embedding; text never contains them.
     vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != UNUSED}
     try:
