@@ -7,11 +7,12 @@ whole checkpoint.
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import ml_dtypes
 import numpy as np
 
 from idlm_jax.backbone.weights import Weight, weight_table
 from idlm_jax.config import ModelConfig
-from idlm_jax.errors import UserError
+from idlm_jax.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +48,16 @@ class WeightSource(Protocol):
 def target_dtype(source: WeightSource, weight: Weight, dtype: np.dtype | None) -> np.dtype:
     """The dtype of a tensor after a conversion to ``dtype``; None keeps each tensor's own."""
     return source.stored_dtype(weight) if dtype is None else np.dtype(dtype)
+
+
+def parse_dtype(name: str) -> np.dtype | None:
+    """The dtype of a command line: "keep" (None), "bfloat16", "float16" or "float32"."""
+    if name == "keep":
+        return None
+    known = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
+    if name not in known:
+        raise UserError(f"unknown dtype '{name}' (keep, {', '.join(known)}){did_you_mean(name, known)}")
+    return np.dtype(known[name])
 
 
 def stored_size(source: WeightSource, dtype: np.dtype | None = None) -> int:

@@ -1,6 +1,7 @@
 """``idlm``: the console script. It imports the module of the chosen verb alone, and turns errors into an exit code."""
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -78,7 +79,11 @@ def _run(arguments: list[str]) -> int:
     import tyro
 
     function = getattr(importlib.import_module(f"idlm_jax.cli.{verb}"), verb)
-    code = tyro.cli(function, prog=f"idlm {verb}", args=rest)
+    # The docstring as it stands, up to the arguments: tyro by itself would drop the examples.
+    description = inspect.cleandoc(function.__doc__ or "").split("\nArgs:")[0].strip()
+    code = tyro.cli(
+        function, prog=f"idlm {verb}", description=description, args=rest, config=(tyro.conf.FlagCreatePairsOff,)
+    )
     sys.stdout.flush()  # a closed pipe shows here rather than at exit
     return code or 0
 
