@@ -1,6 +1,6 @@
 """GGUF files (llama.cpp's format) as a source of weights, tokenizer and config.
 
-Tensors are de-quantised one at a time from a memory map by the ``gguf`` library. For the ``llama`` architecture the
+Tensors are read and de-quantised one at a time, the latter by the ``gguf`` library. For the ``llama`` architecture the
 rows of q and k are stored in the order of interleaved RoPE; reading restores the Hugging Face order.
 """
 
@@ -76,22 +76,15 @@ class GGUFSource:
         self.config = ModelConfig.from_hf(self.hf_config, str(self.path))
         self._check_tensors(header.file_size)
         self.hf_config["torch_dtype"] = self.stored_dtype(weight_table(self.config)[0]).name
-        self._bytes = np.memmap(self.path, np.uint8, mode="r")
 
     def read(self, weight: Weight) -> np.ndarray:
-        """One tensor in our layout; quantised types as float32. Peak memory is twice the result."""
+        """One tensor in our layout; quantised types as float32. Peak memory is below three times the result."""
         entry = self._tensors[gguf_name(weight.hf_name)]
+        array = self._decode(self._stored_rows(entry), self._types[entry.type_id]).reshape(entry.shape)
         order = self._row_order(weight)
-        raw = self._raw_rows(entry)
-        if len(entry.shape) == 1:
-            row = np.array(self._decode(raw, entry)[0])
-            return row if order is None else row[order]
-        out = np.empty(entry.shape, self.stored_dtype(weight))
-        step = max(1, CHUNK_BYTES // (out.itemsize * entry.shape[1]))
-        for start in range(0, entry.shape[0], step):
-            rows = slice(start, start + step)
-            out[rows] = self._decode(raw[rows] if order is None else raw[order[rows]], entry)
-        return out.T if weight.transpose else out
+        if order is not None:
+            array = array[order]
+        return array.T if weight.transpose else array
 
     def stored_dtype(self, weight: Weight) -> np.dtype:
         """The dtype that ``read`` returns, without reading."""
@@ -157,16 +150,26 @@ class GGUFSource:
         kind = self._types[entry.type_id]
         return entry.shape[-1] // kind.elements_per_block * kind.bytes_per_block
 
-    def _raw_rows(self, entry: TensorEntry) -> np.ndarray:
-        """The stored bytes, one row a row."""
+    def _stored_rows(self, entry: TensorEntry) -> np.ndarray:
+        """The stored bytes, one row a row; read, not mapped, so that they leave memory with the array."""
         rows, size = math.prod(entry.shape[:-1]), self._row_bytes(entry)
-        return self._bytes[entry.offset : entry.offset + rows * size].reshape(rows, size)
+        try:
+            data = np.fromfile(self.path, np.uint8, rows * size, offset=entry.offset)
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror}") from None
+        if data.size != rows * size:
+            raise UserError(f"{self.path}: truncated GGUF file: tensor '{entry.name}' is cut short")
+        return data.reshape(rows, size)
 
-    def _decode(self, raw: np.ndarray, entry: TensorEntry) -> np.ndarray:
-        kind = self._types[entry.type_id]
+    def _decode(self, stored: np.ndarray, kind: _TensorType) -> np.ndarray:
         if kind.float_dtype is not None:
-            return raw.view(kind.float_dtype)
-        return self._library.quants.dequantize(raw, kind.quant)
+            return stored.view(kind.float_dtype)
+        rows, columns = len(stored), stored.shape[1] // kind.bytes_per_block * kind.elements_per_block
+        out = np.empty((rows, columns), np.float32)
+        step = max(1, CHUNK_BYTES // out.itemsize // columns)
+        for start in range(0, rows, step):
+            out[start : start + step] = self._library.quants.dequantize(stored[start : start + step], kind.quant)
+        return out
 
     def _row_order(self, weight: Weight) -> np.ndarray | None:
         """Where the rows of a permuted tensor lie in the file: pairs (2i, 2i + 1) come back to the halves."""
