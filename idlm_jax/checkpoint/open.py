@@ -24,7 +24,7 @@ def open_source(path_or_hub_id: str | Path) -> WeightSource:
     """Open a Hugging Face directory, a GGUF file, an Orbax checkpoint of ours, or a model of the Hugging Face Hub."""
     path = Path(path_or_hub_id).expanduser()
     if not path.exists():
-        path = _download(str(path_or_hub_id), path)
+        path = download_from_hub(str(path_or_hub_id), path)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UserError(f"{path}: give the directory of a checkpoint or a .gguf file")
@@ -79,7 +79,7 @@ def _open_gguf(path: Path) -> WeightSource:
     return GGUFSource(path)
 
 
-def _download(name: str, path: Path) -> Path:
+def download_from_hub(name: str, path: Path) -> Path:
     """The local copy of a Hub model; raises UserError that says why ``name`` is neither a path nor such a model."""
     if not _HUB_ID.fullmatch(name) or name.lower().endswith((".gguf", ".safetensors", ".json")):
         raise UserError(f"{name}: no such file or directory{_similar_path(path)}")
