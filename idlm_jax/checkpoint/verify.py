@@ -45,10 +45,15 @@ class LogitComparison:
         )
 
 
-def require_torch() -> None:
-    """Raise UserError where PyTorch is not installed."""
-    if importlib.util.find_spec("torch") is None:
-        raise UserError("comparing with transformers needs PyTorch, which is not installed (pip install torch)")
+def require_torch(source: WeightSource) -> None:
+    """Raise UserError unless ``source`` can be loaded by transformers here."""
+    if source.kind == "orbax":
+        raise UserError(f"{source.path}: transformers reads Hugging Face directories and GGUF files only")
+    for package in ("torch", "accelerate") if source.kind == "gguf" else ("torch",):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"comparing with transformers needs {package}, which is not installed (pip install {package})"
+            )
 
 
 def compare_with_transformers(
@@ -58,7 +63,7 @@ def compare_with_transformers(
 
     ``dtype`` is what the conversion cast the weights to: the original's are rounded alike.
     """
-    require_torch()
+    require_torch(original)
     import torch  # pyrefly: ignore[missing-import]
 
     tokens = _prompt(checkpoint)
@@ -89,17 +94,18 @@ def _prompt(source: WeightSource) -> list[int]:
 def _reference_model(source: WeightSource) -> Any:
     with without_torch_advice():
         import transformers
-    options = {"dtype": "float32", "attn_implementation": "eager"}
+    # sdar: the same tensors under a name that transformers does not know
+    family = "qwen3" if source.config.family == "sdar" else source.config.family
+    settings = {key: value for key, value in source.hf_config.items() if key not in ("model_type", "auto_map")}
+    options: dict[str, Any] = {
+        "config": transformers.AutoConfig.for_model(family, **settings),
+        "dtype": "float32",
+        "attn_implementation": "eager",
+    }
+    directory = source.path
     if source.kind == "gguf":
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            source.path.parent, gguf_file=source.path.name, **options
-        )
-    if source.kind != "huggingface":
-        raise UserError(
-            f"{source.path}: only a Hugging Face directory or a GGUF file can be compared with transformers"
-        )
-    if source.config.family == "sdar":  # the same tensors under a name that transformers does not know
-        settings = {key: value for key, value in source.hf_config.items() if key not in ("model_type", "auto_map")}
-        config = transformers.Qwen3Config(**settings)
-        return transformers.Qwen3ForCausalLM.from_pretrained(source.path, config=config, **options)
-    return transformers.AutoModelForCausalLM.from_pretrained(source.path, **options)
+        directory, options["gguf_file"] = source.path.parent, source.path.name
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(directory, **options)
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        raise UserError(f"{source.path}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from None

@@ -39,10 +39,10 @@ def convert(
     from idlm_jax.checkpoint.verify import compare_with_transformers, require_torch
     from idlm_jax.cli.progress import Progress
 
-    if verify:
-        require_torch()
     start = time.monotonic()
     opened = open_source(source)
+    if verify:
+        require_torch(opened)
     cast = parse_dtype(dtype)
     mask_token_id = None if mask_token is None else find_mask_token(opened, mask_token)
     size = stored_size(opened, cast)
