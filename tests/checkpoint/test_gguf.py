@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Quant
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
@@ -182,6 +182,7 @@ def _refusal(path: Path) -> str:
     return message
 
 
+@settings(deadline=None)
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_a_file_cut_anywhere_is_refused(share: float, tmp_path_factory: pytest.TempPathFactory) -> None:
     whole = LLAMA.read_bytes()
@@ -190,6 +191,7 @@ def test_a_file_cut_anywhere_is_refused(share: float, tmp_path_factory: pytest.T
     assert "GGUF" in _refusal(path)
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_damaged_headers_are_refused_or_read_but_never_crash(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

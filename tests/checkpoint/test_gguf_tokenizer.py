@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from idlm_jax.checkpoint.companions import load_tokenizer
@@ -52,6 +52,7 @@ def _smollm() -> Any:
     return GGUFSource(FILES["smollm"]).tokenizer()
 
 
+@settings(deadline=None)
 @given(text=st.text(max_size=40))
 def test_any_text_survives_encoding_and_decoding(text: str) -> None:
     tokenizer = _smollm()
