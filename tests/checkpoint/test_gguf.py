@@ -1,6 +1,7 @@
 """GGUF files: weights, config and errors (golden files of scripts/make_golden.py and files written here)."""
 
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,19 @@ TYPES = [
     *(Quant.F32, Quant.F16, Quant.BF16, Quant.Q4_0, Quant.Q4_1, Quant.Q5_0, Quant.Q5_1, Quant.Q8_0),
     *(Quant.Q2_K, Quant.Q3_K, Quant.Q4_K, Quant.Q5_K, Quant.Q6_K, Quant.IQ4_NL, Quant.IQ4_XS),
 ]
+# One layer whose rows are as long as the blocks of K-quants.
+WIDE: dict[str, Any] = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 1,
+    "max_position_embeddings": 64,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
 LLAMA = GOLDEN / "gguf" / "llama_q4_1.gguf"
 
 
@@ -76,37 +90,27 @@ def test_every_architecture_bias_and_rope_survives_gguf(case: str, tmp_path: Pat
     assert relative_error(_logits(source, golden["input_ids"]), golden["logits"]) < 2e-4
 
 
-@pytest.mark.parametrize("quant", TYPES, ids=lambda quant: quant.name)
-def test_each_type_is_read_as_the_library_dequantises_it(quant: Quant, tmp_path: Path) -> None:
+def _wide_tensors(quant: Quant, vocabulary: int) -> dict[str, tuple[np.ndarray, Quant]]:
+    """Random bytes of a type as the tensors of WIDE; norms in float32."""
     rng = np.random.default_rng(quant.value)
     elements, size = gguf.GGML_QUANT_SIZES[quant]
-    hidden, mlp = 256, 512
-    hf = {
-        "model_type": "qwen3",
-        "num_hidden_layers": 1,
-        "max_position_embeddings": 64,
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": hidden,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    width, mlp = WIDE["hidden_size"], WIDE["intermediate_size"]
+    shapes = {"token_embd.weight": (vocabulary, width), "blk.0.attn_q.weight": (2 * width, width)}
+    shapes |= {"blk.0.attn_output.weight": (width, 2 * width), "blk.0.ffn_down.weight": (width, mlp)}
+    shapes |= {f"blk.0.{name}.weight": (width, width) for name in ("attn_k", "attn_v")}
+    shapes |= {f"blk.0.{name}.weight": (mlp, width) for name in ("ffn_gate", "ffn_up")}
+    tensors = {
+        name: (rng.integers(0, 256, (rows, columns // elements * size), np.uint8), quant)
+        for name, (rows, columns) in shapes.items()
     }
-    source_tensors = {"token_embd.weight": (40, hidden), "output_norm.weight": (hidden,)}
-    rows = {"attn_q": 2 * hidden, "attn_k": hidden, "attn_v": hidden, "attn_output": hidden, "ffn_down": hidden}
-    rows |= {"ffn_gate": mlp, "ffn_up": mlp}
-    columns = {"attn_output": 2 * hidden, "ffn_down": mlp}
-    source_tensors |= {f"blk.0.{name}.weight": (count, columns.get(name, hidden)) for name, count in rows.items()}
-    norms = ("attn_norm", "ffn_norm", "attn_q_norm", "attn_k_norm")
-    source_tensors |= {f"blk.0.{name}.weight": (hidden,) for name in norms}
-    tensors: dict[str, tuple[np.ndarray, Quant]] = {}
-    for name, shape in source_tensors.items():
-        if len(shape) == 1:
-            tensors[name] = (np.ones(shape, np.float32), Quant.F32)
-        else:
-            tensors[name] = (rng.integers(0, 256, (shape[0], shape[1] // elements * size), np.uint8), quant)
-    source = GGUFSource(write_gguf(tmp_path / "m.gguf", "qwen3", metadata_of(hf), tensors))
+    norms = ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm", "blk.0.attn_q_norm", "blk.0.attn_k_norm")
+    return tensors | {f"{name}.weight": (np.ones(width, np.float32), Quant.F32) for name in norms}
+
+
+@pytest.mark.parametrize("quant", TYPES, ids=lambda quant: quant.name)
+def test_each_type_is_read_as_the_library_dequantises_it(quant: Quant, tmp_path: Path) -> None:
+    tensors = _wide_tensors(quant, vocabulary=40)
+    source = GGUFSource(write_gguf(tmp_path / "m.gguf", "qwen3", metadata_of(WIDE), tensors))
     for weight in weight_table(source.config):
         stored, kind = tensors[gguf_name(weight.hf_name)]
         with np.errstate(all="ignore"):  # random bytes also mean NaN and infinity
@@ -114,6 +118,19 @@ def test_each_type_is_read_as_the_library_dequantises_it(quant: Quant, tmp_path:
             assert array.dtype == source.stored_dtype(weight)
             assert source.stored_type(weight) == kind.name
             np.testing.assert_array_equal(array.astype(np.float32), gguf.quants.dequantize(stored, kind))
+
+
+def test_reading_a_tensor_needs_less_than_three_times_its_size(tmp_path: Path) -> None:
+    tensors = _wide_tensors(Quant.Q8_0, vocabulary=1 << 16)
+    source = GGUFSource(write_gguf(tmp_path / "m.gguf", "qwen3", metadata_of(WIDE), tensors))
+    embedding = weight_table(source.config)[0]
+    tracemalloc.start()
+    with np.errstate(all="ignore"):
+        size = source.read(embedding).nbytes
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size == 1 << 26
+    assert peak < 3 * size
 
 
 def test_floating_point_types_keep_their_dtype(tmp_path: Path) -> None:
