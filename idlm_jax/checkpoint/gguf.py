@@ -104,7 +104,7 @@ class GGUFSource:
         companions.write_json(target / "config.json", self.hf_config)
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         ids = {name: self.hf_config[name] for name in names if name in self.hf_config}
-        companions.write_json(target / "generation_config.json", {"_from_model_config": True, **ids})
+        companions.write_json(target / "generation_config.json", ids)
         if has_tokenizer(self.metadata):
             save_tokenizer(self.tokenizer(), target)
 

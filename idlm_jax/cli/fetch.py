@@ -1,5 +1,6 @@
 """``idlm fetch``: get the model of the demo."""
 
+from functools import partial
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -19,4 +20,4 @@ def fetch(name: Positional[str] = "smollm2", target: Path = Path("models")) -> N
         name: The model; at present there is smollm2.
         target: Directory that gets the file; made if it does not exist.
     """
-    fetch_model(name, target, say=print)
+    fetch_model(name, target, say=partial(print, flush=True))
