@@ -1,8 +1,8 @@
 """What a model is: a frozen ModelConfig, read from any Hugging Face config.json of the supported families.
 
-Families (``reference: docs of transformers``): ``qwen3``, ``sdar`` (I-DLM's name for the same tensors), ``qwen2``
-(biases on q/k/v, no qk-norm) and ``llama`` (neither). Both spellings of the rotary settings are read: ``rope_theta`` and
-``rope_scaling`` at the top level (transformers 4) and ``rope_parameters`` (transformers 5).
+Families: ``qwen3``, ``sdar`` (I-DLM's name for the same tensors), ``qwen2`` (biases on q/k/v, no qk-norm) and ``llama``
+(neither). Both spellings of the rotary settings are read: ``rope_theta`` and ``rope_scaling`` at the top level
+(transformers 4) and ``rope_parameters`` (transformers 5).
 """
 
 import dataclasses

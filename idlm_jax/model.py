@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jax.numpy as jnp
-
 from idlm_jax.backbone.qwen3 import Qwen3
+from idlm_jax.backbone.weights import fuse_projections
 from idlm_jax.checkpoint.open import load_params, open_source
 from idlm_jax.checkpoint.peft import load_adapter
+from idlm_jax.checkpoint.source import find_mask_token, parse_dtype
 from idlm_jax.config import ModelConfig
 from idlm_jax.decoding.config import DecodeConfig
 from idlm_jax.decoding.generate import DecodeStats, Decoding, Emission, SamplingParams, stats_from_history
@@ -192,33 +192,15 @@ def load(
     missing, damaged, or does not fit together.
     """
     source = open_source(model)
-    tokenizer = source.tokenizer()
     config = source.config
     loaded = load_adapter(adapter, config) if adapter is not None else None
-    if loaded and loaded.config.mask_token_id is not None:
-        config = config.replace(mask_token_id=loaded.config.mask_token_id)
     if mask_token is not None:
-        config = config.replace(mask_token_id=token_id(mask_token, tokenizer, config.vocab_size))
-    params = load_params(source, _dtype(dtype) if dtype else None)
+        config = config.replace(mask_token_id=find_mask_token(source, str(mask_token)))
+    elif loaded and loaded.config.mask_token_id is not None:
+        config = config.replace(mask_token_id=loaded.config.mask_token_id)
+    default = "bfloat16" if source.kind == "gguf" else "keep"
+    tokenizer = source.tokenizer()
+    params = fuse_projections(load_params(source, parse_dtype(dtype or default)))
     if loaded:
         loaded = loaded.astype(params["embed_tokens"]["embedding"].dtype)
     return LanguageModel(Qwen3(config, params, loaded), tokenizer, loaded is not None)
-
-
-def token_id(token: str | int, tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> int:
-    """The id of a token given as text or number; raises UserError when it is not exactly one known token."""
-    if isinstance(token, int) or token.isdecimal():
-        if not 0 <= int(token) < vocab_size:
-            raise UserError(f"token id {token} is outside the vocabulary of {vocab_size}")
-        return int(token)
-    found = tokenizer.get_vocab().get(token)
-    if found is None:
-        raise UserError(f"'{token}' is not one token of this vocabulary")
-    return found
-
-
-def _dtype(name: str) -> jnp.dtype:
-    names = {"bfloat16": jnp.bfloat16, "bf16": jnp.bfloat16, "float32": jnp.float32, "f32": jnp.float32}
-    if name not in names:
-        raise UserError(f"dtype must be bfloat16 or float32, not '{name}'")
-    return jnp.dtype(names[name])

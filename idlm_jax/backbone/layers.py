@@ -4,7 +4,9 @@ Numerics: parameters and activations are bfloat16 or float32; norms, rotary tabl
 float32 matrix products really are float32 (``Precision.HIGHEST``: accelerators would otherwise round to tf32 or bf16).
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -37,32 +39,62 @@ class RMSNorm(nnx.Module):
         return self.scale[...] * normed.astype(x.dtype)
 
 
-class Linear(nnx.Module):
-    """A dense layer ``x @ kernel + bias`` with an optional LoRA term that acts on trailing rows only.
+class LoRA(nnx.Module):
+    """The low-rank term ``scale * (x a) b`` of an adapter, added to trailing rows only (method.md 4)."""
 
-    ``lora`` holds ``a`` [in, R] and ``b`` [R, out]; the gated term is ``scale * (x a) b`` (method.md 4).
-    """
+    def __init__(self, params: dict, scale: float):
+        self.a = nnx.LoRAParam(params["a"])
+        self.b = nnx.LoRAParam(params["b"])
+        self.scale = scale
+
+    def __call__(
+        self, x: Float[Array, "B L I"], y: Float[Array, "B L O"], adapter_from: int | None
+    ) -> Float[Array, "B L O"]:
+        """Add the term to rows ``adapter_from`` and later of ``y``; ``None`` adds it to no row.
+
+        The gate is a static row number, so rows before it run the very same arithmetic with and without an adapter.
+        """
+        if adapter_from is None or adapter_from >= x.shape[1]:
+            return y
+        delta = matmul(matmul(x[:, adapter_from:], self.a[...]), self.b[...])
+        adapted = y[:, adapter_from:] + (self.scale * delta).astype(y.dtype)
+        return jnp.concatenate([y[:, :adapter_from], adapted], axis=1)
+
+
+class Linear(nnx.Module):
+    """A dense layer ``x @ kernel + bias``, with the LoRA term of an adapter if there is one."""
 
     def __init__(self, params: dict, lora: dict | None = None, lora_scale: float = 1.0):
         self.kernel = nnx.Param(params["kernel"])
         self.bias = nnx.Param(params["bias"]) if "bias" in params else None
-        self.lora_a = nnx.LoRAParam(lora["a"]) if lora else None
-        self.lora_b = nnx.LoRAParam(lora["b"]) if lora else None
-        self.lora_scale = lora_scale
+        self.lora = LoRA(lora, lora_scale) if lora else None
 
     def __call__(self, x: Float[Array, "B L I"], adapter_from: int | None = None) -> Float[Array, "B L O"]:
-        """Apply the layer; rows ``adapter_from`` and later also get the adapter, ``None`` leaves it out.
-
-        The gate is a static row number, so rows before it run the very same arithmetic with and without an adapter.
-        """
+        """Apply the layer; rows ``adapter_from`` and later also get the adapter, ``None`` leaves it out."""
         y = matmul(x, self.kernel[...])
         if self.bias is not None:
             y = y + self.bias[...]
-        if self.lora_a is None or self.lora_b is None or adapter_from is None or adapter_from >= x.shape[1]:
-            return y
-        delta = matmul(matmul(x[:, adapter_from:], self.lora_a[...]), self.lora_b[...])
-        adapted = y[:, adapter_from:] + (self.lora_scale * delta).astype(y.dtype)
-        return jnp.concatenate([y[:, :adapter_from], adapted], axis=1)
+        return y if self.lora is None else self.lora(x, y, adapter_from)
+
+
+class FusedLinear(nnx.Module):
+    """Several Linears of the same input as one product; their adapters stay apart (``weights.fuse_projections``)."""
+
+    def __init__(self, params: dict, widths: Sequence[int], loras: Sequence[dict | None], lora_scale: float):
+        self.kernel = nnx.Param(params["kernel"])
+        self.bias = nnx.Param(params["bias"]) if "bias" in params else None
+        self.ends = tuple(itertools.accumulate(widths))[:-1]
+        self.loras = nnx.List([LoRA(lora, lora_scale) if lora else None for lora in loras])
+
+    def __call__(self, x: Float[Array, "B L I"], adapter_from: int | None = None) -> list[Float[Array, "B L O"]]:
+        """The output of every part."""
+        y = matmul(x, self.kernel[...])
+        if self.bias is not None:
+            y = y + self.bias[...]
+        parts = jnp.split(y, self.ends, axis=-1)
+        return [
+            part if lora is None else lora(x, part, adapter_from) for part, lora in zip(parts, self.loras, strict=True)
+        ]
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:

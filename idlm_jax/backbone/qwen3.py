@@ -14,13 +14,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from idlm_jax.backbone.adapter import Adapter
-from idlm_jax.backbone.layers import Linear, RMSNorm, Rope, apply_rope, rope_tables
+from idlm_jax.backbone.layers import FusedLinear, Linear, RMSNorm, Rope, apply_rope, rope_tables
 from idlm_jax.backbone.weights import Params, is_stacked
 from idlm_jax.config import ModelConfig
 from pallas_kernels.decode_attention.reference import window_attention
 
-ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
+QKV = ("q_proj", "k_proj", "v_proj")
+GATE_UP = ("gate_proj", "up_proj")
 
 
 class Attend(Protocol):
@@ -37,14 +37,31 @@ class Attend(Protocol):
         ...
 
 
+def _projections(
+    params: Params, fused: str, parts: Sequence[str], widths: Sequence[int], lora: dict, lora_scale: float
+) -> "FusedLinear | nnx.List[Linear]":
+    """The projections of one input, as one kernel where the parameters hold them fused."""
+    if fused in params:
+        return FusedLinear(params[fused], widths, [lora.get(part) for part in parts], lora_scale)
+    return nnx.List([Linear(params[part], lora.get(part), lora_scale) for part in parts])
+
+
+def _project(
+    projections: "FusedLinear | nnx.List[Linear]", x: Float[Array, "B L I"], adapter_from: int | None
+) -> list[Float[Array, "B L O"]]:
+    if isinstance(projections, FusedLinear):
+        return projections(x, adapter_from)
+    return [linear(x, adapter_from) for linear in projections]
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with qk-norm before RoPE where the family has it (method.md 1.1)."""
 
     def __init__(self, config: ModelConfig, params: Params, lora: dict, lora_scale: float):
         self.head_dim = config.head_dim
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            Linear(params[name], lora.get(name), lora_scale) for name in ATTENTION_TARGETS
-        )
+        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.qkv_proj = _projections(params, "qkv_proj", QKV, (q_size, kv_size, kv_size), lora, lora_scale)
+        self.o_proj = Linear(params["o_proj"], lora.get("o_proj"), lora_scale)
         self.q_norm = RMSNorm(params["q_norm"], config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(params["k_norm"], config.rms_norm_eps) if config.qk_norm else None
 
@@ -53,9 +70,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], Any]:
         """Project, rotate, attend, project back."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_proj(x, adapter_from).reshape(heads)
-        k = self.k_proj(x, adapter_from).reshape(heads)
-        v = self.v_proj(x, adapter_from).reshape(heads)
+        q, k, v = (part.reshape(heads) for part in _project(self.qkv_proj, x, adapter_from))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out, state = attend(apply_rope(q, rope), apply_rope(k, rope), v, state)
@@ -65,16 +80,15 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
 
-    def __init__(self, params: Params, lora: dict, lora_scale: float):
-        self.gate_proj, self.up_proj, self.down_proj = (
-            Linear(params[name], lora.get(name), lora_scale) for name in MLP_TARGETS
-        )
+    def __init__(self, config: ModelConfig, params: Params, lora: dict, lora_scale: float):
+        widths = (config.intermediate_size,) * 2
+        self.gate_up_proj = _projections(params, "gate_up_proj", GATE_UP, widths, lora, lora_scale)
+        self.down_proj = Linear(params["down_proj"], lora.get("down_proj"), lora_scale)
 
     def __call__(self, x: Float[Array, "B L D"], adapter_from: int | None) -> Float[Array, "B L D"]:
         """Apply the three projections."""
-        return self.down_proj(
-            jax.nn.silu(self.gate_proj(x, adapter_from)) * self.up_proj(x, adapter_from), adapter_from
-        )
+        gate, up = _project(self.gate_up_proj, x, adapter_from)
+        return self.down_proj(jax.nn.silu(gate) * up, adapter_from)
 
 
 class Block(nnx.Module):
@@ -84,7 +98,7 @@ class Block(nnx.Module):
         self.input_layernorm = RMSNorm(params["input_layernorm"], config.rms_norm_eps)
         self.self_attn = Attention(config, params["self_attn"], lora.get("self_attn", {}), lora_scale)
         self.post_attention_layernorm = RMSNorm(params["post_attention_layernorm"], config.rms_norm_eps)
-        self.mlp = MLP(params["mlp"], lora.get("mlp", {}), lora_scale)
+        self.mlp = MLP(config, params["mlp"], lora.get("mlp", {}), lora_scale)
 
     def __call__(
         self, x: Float[Array, "B L D"], rope: Rope, attend: Attend, state: Any, adapter_from: int | None
@@ -98,8 +112,8 @@ class Block(nnx.Module):
 class Qwen3(nnx.Module):
     """The whole model, built around a parameter tree (``weights.py``) with stacked or unstacked layers.
 
-    The layers of ``adapter``, if there is one, are stacked or unstacked like the parameters; its mask embedding replaces
-    the embedding of the mask token on adapted rows.
+    The layers of ``adapter``, if there is one, are stacked or unstacked like the parameters; its mask embedding
+    replaces the embedding of the mask token on adapted rows.
     """
 
     def __init__(self, config: ModelConfig, params: Params, adapter: Adapter | None = None):

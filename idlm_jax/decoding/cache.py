@@ -1,7 +1,7 @@
 """The dense key/value cache: one pair of arrays a layer, [batch, key/value heads, slots, head_dim].
 
-A token's slot is its position. A round writes its W rows into slots length … length + W - 1 in row order; clean rows come
-first, so the accepted ones already lie where they belong, and the rest is overwritten by the next round.
+A token's slot is its position. A round writes its W rows into slots length … length + W - 1 in row order; clean rows
+come first, so the accepted ones already lie where they belong, and the rest is overwritten by the next round.
 """
 
 import jax
@@ -15,12 +15,12 @@ from pallas_kernels.decode_attention.reference import window_attention
 LayerCache = tuple[Float[Array, "B K S d"], Float[Array, "B K S d"]]
 Cache = tuple[LayerCache, ...]
 
-# The smallest cache; larger ones double, so that few programs are compiled.
-SMALLEST_BUCKET = 128
+# The smallest cache, prefill chunk and output buffer; larger ones double, so that few programs are compiled.
+SMALLEST_BUCKET = 32
 
 
 def bucket(length: int) -> int:
-    """The smallest cache size (a power of two, at least SMALLEST_BUCKET) that holds ``length`` slots."""
+    """The smallest size (a power of two, at least SMALLEST_BUCKET) that holds ``length`` slots."""
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 

@@ -1,7 +1,7 @@
 """Driving a batch of token prompts through prefill and rounds, from the host.
 
-Only the host knows text, so stop strings and streaming work on what a few rounds a call have committed; which tokens come
-out does not depend on how many rounds a call runs.
+Only the host knows text, so stop strings and streaming work on what a few rounds a call have committed; which tokens
+come out does not depend on how many rounds a call runs.
 """
 
 import math
@@ -128,7 +128,8 @@ def check_request(model: Qwen3, prompt: Sequence[int], sampling: SamplingParams,
         raise UserError(f"prompt token outside the vocabulary of {config.vocab_size}")
     if len(prompt) + sampling.max_tokens > context:
         raise UserError(
-            f"prompt ({len(prompt)} tokens) + max_tokens ({sampling.max_tokens}) exceeds the model's context of {context}"
+            f"prompt ({len(prompt)} tokens) + max_tokens ({sampling.max_tokens}) exceeds the model's context of "
+            f"{context}: shorten the prompt or lower max_tokens"
         )
     if policy.stride == 1:
         return

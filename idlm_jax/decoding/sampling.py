@@ -1,8 +1,9 @@
 """From logits to tokens: the filters, the counter-based noise, and the two exact couplings of draft and verification.
 
-Filters are applied in one order to every distribution, the model's p and the draft's q alike: the mask token is removed,
-then temperature, then top-k, then top-p on what top-k left (the order of transformers and vLLM). Ties with the last kept
-token are kept, so the result does not depend on the order of the vocabulary. Temperature 0 means all mass on the argmax.
+Filters are applied in one order to every distribution, the model's p and the draft's q alike: the mask token is
+removed, then temperature, then top-k, then top-p on what top-k left (the order of transformers and vLLM). Ties with the
+last kept token are kept, so the result does not depend on the order of the vocabulary. Temperature 0 means all mass on
+the argmax.
 
 Noise is a function of (request seed, output position, purpose, token) alone, so that a text does not depend on the
 stride, the layout, the batch or the neighbours (design.md 7; method.md 3.7 for what exactness needs).
@@ -83,8 +84,8 @@ def gumbel_argmax(
 ) -> Int[Array, "B R"]:
     """One draw from each row: argmax of log-probability plus the noise of that output position.
 
-    The noise uses the high-precision mode of ``jax.random.gumbel``: the other one rounds the upper tail to 2^-23, which a
-    150,000-token vocabulary would feel.
+    The noise uses the high-precision mode of ``jax.random.gumbel``: the other one rounds the upper tail to 2^-23, which
+    a 150,000-token vocabulary would feel.
     """
 
     def draw(log_probs: Array, key: Array) -> Array:

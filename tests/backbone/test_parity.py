@@ -11,7 +11,14 @@ from safetensors.numpy import load_file
 
 from idlm_jax.backbone.layers import rope_frequencies
 from idlm_jax.backbone.qwen3 import Qwen3, causal_logits
-from idlm_jax.backbone.weights import Params, init_params, stack_layers, unstack_layers
+from idlm_jax.backbone.weights import (
+    Params,
+    fuse_projections,
+    init_params,
+    split_projections,
+    stack_layers,
+    unstack_layers,
+)
 from idlm_jax.checkpoint.open import load_params, open_source
 from idlm_jax.config import ModelConfig
 from tests.support import GOLDEN, relative_error
@@ -42,6 +49,18 @@ def test_stacked_layers_give_the_logits_of_unstacked_ones() -> None:
     np.testing.assert_allclose(_logits(source.config, stack_layers(params), golden["input_ids"]), unstacked, atol=1e-5)
     again = unstack_layers(stack_layers(params))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), params, again))
+
+
+@pytest.mark.parametrize("case", ["qwen3_untied", "qwen2_tied"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_fused_projections_give_the_same_logits_and_split_back(case: str, stacked: bool) -> None:
+    source, golden = open_source(GOLDEN / case), _golden(case)
+    params = load_params(source, jnp.float32)
+    before = jax.tree.map(lambda leaf: leaf, stack_layers(params) if stacked else params)
+    fused = fuse_projections(jax.tree.map(lambda leaf: leaf, before))
+    assert relative_error(_logits(source.config, fused, golden["input_ids"]), golden["logits"]) < 2e-4
+    again = split_projections(fused, source.config)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), before, again))
 
 
 def test_bfloat16_logits_are_as_near_to_float32_as_those_of_transformers() -> None:

@@ -1,0 +1,155 @@
+"""Median time of one decode step at any Qwen3 shape, beside the floor that bytes and FLOPs set.
+
+Run on an accelerator, by hand::
+
+    python scripts/bench_decode_step.py --model configs/models/qwen3-8b.yaml --batch 1 --rows 1 7 16 --context 512
+
+Weights are random. A step is one forward pass of W window rows a request over a cache that holds ``context`` tokens,
+language-model head included, sampling left out: 1 row is AR, 2N - 1 rows the standard layout, N² the branch layout. The
+floor is the larger of bytes over bandwidth and FLOPs over peak, both measured here: a large copy and a large bf16
+matrix product. Each step is timed inside one program of many steps that feed each other, so launches are queued as in
+decoding; the cache is donated and updated in place.
+"""
+
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from idlm_jax.backbone.qwen3 import Qwen3
+from idlm_jax.backbone.weights import fuse_projections, init_params, parameter_count
+from idlm_jax.config import ModelConfig, load_yaml
+from idlm_jax.decoding.cache import Cache, bucket, cache_bytes, cached_attention, init_cache
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure."""
+
+    # Model shape: a YAML file with Hugging Face keys.
+    model: Path = Path("configs/models/qwen3-8b.yaml")
+    batch: tuple[int, ...] = (1,)
+    # Window rows a request.
+    rows: tuple[int, ...] = (1, 7, 16)
+    # Tokens already in the cache.
+    context: tuple[int, ...] = (512,)
+    dtype: str = "bfloat16"
+    # Steps a program runs, and how often it is timed.
+    steps: int = 20
+    repeats: int = 7
+    # Print one JSON line a case instead of a table.
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+def decode_steps(
+    model: Qwen3, cache: Cache, tokens: jax.Array, length: jax.Array, steps: int
+) -> tuple[Cache, jax.Array]:
+    """``steps`` forward passes over the same slots, each fed the argmax of the one before."""
+    rows = tokens.shape[1]
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool)), (tokens.shape[0], rows, rows))
+    positions = length[:, None] + jnp.arange(rows)
+
+    def body(_: int, carry: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:
+        cache, tokens = carry
+        hidden, cache = model(tokens, positions, cached_attention(length, mask), cache)
+        return cache, jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32)
+
+    return jax.lax.fori_loop(0, steps, body, (cache, tokens))
+
+
+def median_seconds(call: partial, repeats: int) -> float:
+    """Median wall time of a call that blocks until its result is there."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def ceilings() -> tuple[float, float]:
+    """Measured copy bandwidth (bytes/s, read + written) and bf16 matrix-product rate (FLOP/s) of the first device."""
+    on_cpu = jax.default_backend() == "cpu"
+    elements, side, inner = (2**24, 1024, 2) if on_cpu else (2**30, 8192, 10)
+    x = jax.random.normal(jax.random.key(0), (elements,), jnp.bfloat16)
+    copy = jax.jit(lambda x: jax.lax.fori_loop(0, inner, lambda _, y: -y, x))
+    a = jax.random.normal(jax.random.key(1), (side, side), jnp.bfloat16) / side**0.5
+    product = jax.jit(lambda a: jax.lax.fori_loop(0, inner, lambda _, y: y @ a, a))
+    for warm_up in (copy, product):
+        jax.block_until_ready(warm_up(x if warm_up is copy else a))
+    copy_seconds = median_seconds(partial(lambda: jax.block_until_ready(copy(x))), 5) / inner
+    product_seconds = median_seconds(partial(lambda: jax.block_until_ready(product(a))), 5) / inner
+    return 2 * x.nbytes / copy_seconds, 2 * side**3 / product_seconds
+
+
+def floor(config: ModelConfig, batch: int, rows: int, context: int, itemsize: int) -> tuple[float, float]:
+    """Fewest bytes a step must move (weights and cache read once) and the FLOPs that it must do."""
+    embedding = config.vocab_size * config.hidden_size
+    read = parameter_count(config) - (0 if config.tie_word_embeddings else embedding)
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * (context + rows)
+    flops = batch * rows * (2 * read + attention)
+    dtype = jnp.bfloat16 if itemsize == 2 else jnp.float32
+    return read * itemsize + cache_bytes(config, batch, context + rows, dtype), flops
+
+
+def measure(model: Qwen3, batch: int, rows: int, context: int, settings: Settings) -> dict[str, float]:
+    """Compile and time one case; seconds."""
+    config, slots = model.config, bucket(context + rows)
+    cache = init_cache(config, batch, slots, model.dtype)
+    cache = jax.tree.map(lambda x: jax.random.normal(jax.random.key(2), x.shape, x.dtype), cache)
+    tokens = jax.random.randint(jax.random.key(3), (batch, rows), 0, config.vocab_size)
+    length = jnp.full((batch,), context)
+    jitted = jax.jit(decode_steps, static_argnames="steps", donate_argnames="cache")
+    began = time.perf_counter()
+    compiled = jitted.lower(model, cache, tokens, length, settings.steps).compile()
+    compile_seconds = time.perf_counter() - began
+    times = []
+    for _ in range(settings.repeats + 1):
+        began = time.perf_counter()
+        cache, tokens = jax.block_until_ready(compiled(model, cache, tokens, length))
+        times.append((time.perf_counter() - began) / settings.steps)
+    return {"step": statistics.median(times[1:]), "compile": compile_seconds}
+
+
+def main(settings: Settings) -> None:
+    """Measure every case and print a table."""
+    config = ModelConfig.from_hf(load_yaml(settings.model), str(settings.model))
+    dtype = jnp.dtype(settings.dtype)
+    bandwidth, peak = ceilings()
+    model = Qwen3(config, fuse_projections(init_params(config, jax.random.key(0), dtype)))
+    cases = []
+    for batch in settings.batch:
+        for context in settings.context:
+            for rows in settings.rows:
+                needed_bytes, flops = floor(config, batch, rows, context, dtype.itemsize)
+                case = measure(model, batch, rows, context, settings)
+                floors = {"byte_floor": needed_bytes / bandwidth, "flop_floor": flops / peak}
+                cases.append({"batch": batch, "rows": rows, "context": context, **case, **floors})
+    device = jax.devices()[0].device_kind
+    head = {"device": device, "jax": jax.__version__, "bandwidth": bandwidth, "peak": peak, "dtype": dtype.name}
+    if settings.json:
+        print("\n".join(json.dumps({**head, **case}) for case in cases))
+        return
+    title = f"{settings.model.stem}, {dtype.name}, {device}, jax {jax.__version__}"
+    print(f"measured ceilings: copy {bandwidth / 1e12:.2f} TB/s, matrix product {peak / 1e12:.0f} TFLOP/s")
+    columns = ("batch", "rows", "context", "step ms", "byte floor ms", "FLOP floor ms", "step / floor", "compile s")
+    table = Table(*columns, title=title)
+    for case in cases:
+        ratio = case["step"] / max(case["byte_floor"], case["flop_floor"])
+        milliseconds = [f"{1e3 * case[key]:.2f}" for key in ("step", "byte_floor", "flop_floor")]
+        sizes = [str(case[key]) for key in ("batch", "rows", "context")]
+        table.add_row(*sizes, *milliseconds, f"{ratio:.2f}", f"{case['compile']:.1f}")
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
