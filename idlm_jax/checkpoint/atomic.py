@@ -45,6 +45,12 @@ def new_directory(target: Path, size: int, overwrite: bool = False, source: Path
         raise
 
 
+def require_space(directory: Path, size: int) -> None:
+    """Raise the error of a full disk when ``size`` bytes more do not fit: Orbax would print pages before it says so."""
+    if shutil.disk_usage(directory).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an exception, or what caused it, says that the disk is full; TensorStore says so in words only."""
     while error is not None:

@@ -71,20 +71,16 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
         raise UserError(f"{directory}: no tokenizer (tokenizer.json); copy the tokenizer files of the model into it")
     with without_torch_advice():
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    # AutoTokenizer may need to know the model_type (it does not know 'sdar'); the file itself says all that matters.
-    has_fast = (directory / "tokenizer.json").is_file()
-    loader = PreTrainedTokenizerFast if has_fast and not _names_a_class(directory) else AutoTokenizer
+    # tokenizer.json says all that matters. AutoTokenizer would look for the model_type, which need not be known
+    # ('sdar'), and offer to run the code that config.json names; it is left with the older file formats.
+    generic = (directory / "tokenizer.json").is_file()
+    loader = PreTrainedTokenizerFast if generic else AutoTokenizer
     try:
-        tokenizer = loader.from_pretrained(directory, local_files_only=True)
+        tokenizer = loader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise UserError(f"{directory}: cannot load the tokenizer: {' '.join(str(error).split())}") from None
     assert tokenizer is not None
     return tokenizer
-
-
-def _names_a_class(directory: Path) -> bool:
-    path = directory / "tokenizer_config.json"
-    return path.is_file() and "tokenizer_class" in read_json(path)
 
 
 @contextmanager

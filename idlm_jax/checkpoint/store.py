@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 from idlm_jax.backbone.weights import Weight, weight_table
 from idlm_jax.checkpoint import companions
 from idlm_jax.checkpoint.arrays import as_bytes, contiguous
-from idlm_jax.checkpoint.atomic import new_directory
+from idlm_jax.checkpoint.atomic import new_directory, require_space
 from idlm_jax.checkpoint.source import WeightSource, changed_config, stored_size, target_dtype
 from idlm_jax.config import ModelConfig
 from idlm_jax.errors import UserError
@@ -154,8 +154,10 @@ def write_orbax(
                     source.read(weight).astype(target_dtype(source, weight, dtype), copy=False)
                 )
                 checksums[weight.path] = zlib.crc32(as_bytes(arrays[weight.path]))
+            written = sum(map(size, batch))
+            require_space(directory, written)
             ocp.partial.save(params, _nest(arrays))
-            progress(sum(map(size, batch)))
+            progress(written)
         ocp.partial.finalize(params)
         source.copy_companions(directory)
         config = changed_config(source, dtype, mask_token_id)

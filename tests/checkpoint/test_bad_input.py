@@ -313,6 +313,17 @@ def test_disk_that_fills_up_leaves_nothing_behind(write: Callable, error: Except
     assert os.listdir(tmp_path) == []
 
 
+def test_disk_that_others_fill_is_noticed_before_orbax_meets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def others_write(size: int) -> None:
+        monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10))
+
+    monkeypatch.setattr(store.batches, "__defaults__", (1,))
+    refuses("the disk is full", lambda: write_orbax(HFSource(HF), tmp_path / "target", progress=others_write))
+    assert os.listdir(tmp_path) == [] and capfd.readouterr().err == ""
+
+
 @WRITERS
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_interruption_leaves_nothing_behind_and_the_old_target_whole(
