@@ -3,7 +3,7 @@
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from idlm_jax.backbone.weights import Weight, parameter_count, weight_table
 from idlm_jax.checkpoint import companions, safetensors
 from idlm_jax.checkpoint.atomic import new_directory
 from idlm_jax.checkpoint.safetensors import StoredTensor
-from idlm_jax.checkpoint.source import WeightSource, changed_config, stored_size, target_dtype
+from idlm_jax.checkpoint.source import WeightSource, changed_config, read_each, stored_size, target_dtype
 from idlm_jax.config import ModelConfig
 from idlm_jax.errors import UserError
 
@@ -100,15 +100,18 @@ def write_hf(
     weights = {weight.hf_name: weight for weight in weight_table(source.config)}
     layout = {name: (target_dtype(source, weight, dtype), weight.hf_shape) for name, weight in weights.items()}
 
-    def read(name: str) -> np.ndarray:
-        array = source.read(weights[name]).astype(layout[name][0], copy=False)
-        return array.T if weights[name].transpose else array
-
     split = plan_shards(layout, max_shard_size)
     target = Path(target)
     with new_directory(target, stored_size(source, dtype), overwrite, source.path) as directory:
         for file, names in split.filename_to_tensors.items():
-            for size in safetensors.write_file(directory / file, {name: layout[name] for name in names}, read):
+            part = {name: layout[name] for name in names}
+            arrays = read_each(source, [weights[name] for name in safetensors.file_order(part)])
+
+            def read(name: str, arrays: Iterator[np.ndarray] = arrays) -> np.ndarray:
+                array = next(arrays).astype(layout[name][0], copy=False)
+                return array.T if weights[name].transpose else array
+
+            for size in safetensors.write_file(directory / file, part, read):
                 progress(size)
         if split.is_sharded:
             companions.write_json(

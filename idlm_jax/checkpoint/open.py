@@ -2,17 +2,16 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
 from idlm_jax.backbone.weights import Params, Weight, build_params, weight_table
 from idlm_jax.checkpoint.arrays import to_device
-from idlm_jax.checkpoint.source import WeightSource
+from idlm_jax.checkpoint.source import WeightSource, read_each
 from idlm_jax.errors import UserError
 
 # What a download from the Hub brings: weights, configuration, tokenizer; no code, no PyTorch files.
@@ -56,21 +55,14 @@ def load_params(
     """
     leaves: dict[str, jax.Array] = {}
     # The bar appears on a terminal only, and only when loading takes more than two seconds.
-    progress = tqdm(total=len(weight_table(source.config)), desc="loading", unit="tensor", delay=2, disable=None)
-    with progress:
-        for weight, array in _read_all(source):
+    weights = weight_table(source.config)
+    tensors = read_each(source, weights)
+    with tqdm(total=len(weights), desc="loading", unit="tensor", delay=2, disable=None) as progress:
+        for weight in weights:
+            array = next(tensors)
             leaves[weight.path] = to_device(array, dtype, sharding(weight) if sharding else None)
             progress.update()
     return build_params(source.config, lambda weight: leaves[weight.path])
-
-
-def _read_all(source: WeightSource) -> Iterator[tuple[Weight, np.ndarray]]:
-    if source.kind == "orbax":
-        from idlm_jax.checkpoint.store import OrbaxSource
-
-        if isinstance(source, OrbaxSource):
-            return source.read_all()
-    return ((weight, source.read(weight)) for weight in weight_table(source.config))
 
 
 def _open_gguf(path: Path) -> WeightSource:

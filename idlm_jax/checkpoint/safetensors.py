@@ -87,7 +87,7 @@ Layout = dict[str, tuple[np.dtype, tuple[int, ...]]]
 
 
 def write_file(file: Path, layout: Layout, read: Callable[[str], np.ndarray]) -> Iterator[int]:
-    """Write tensors of the dtypes and shapes of ``layout``, each as ``read`` gives it; yields the size of each."""
+    """Write tensors of the dtypes and shapes of ``layout``, asking for each in ``file_order``; yields their sizes."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in file_order(layout):
@@ -104,7 +104,7 @@ def write_file(file: Path, layout: Layout, read: Callable[[str], np.ndarray]) ->
             if (array.dtype, array.shape) != layout[name]:
                 raise ValueError(f"{name}: {array.dtype} {array.shape} is not what was announced: {layout[name]}")
             yield _write_array(stream, array)
-            del array
+            del array  # before the next one is read
 
 
 def file_order(layout: Layout) -> list[str]:

@@ -4,6 +4,7 @@ Loading, conversion, export and ``idlm info`` read tensors one at a time through
 whole checkpoint.
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -43,6 +44,12 @@ class WeightSource(Protocol):
     def copy_companions(self, target: Path) -> None:
         """Write config.json, generation_config.json, tokenizer files and chat template into ``target``."""
         ...
+
+
+def read_each(source: WeightSource, weights: Iterable[Weight]) -> Iterator[np.ndarray]:
+    """Tensors in the order asked for; sources that read several small ones at once faster may do so."""
+    batched = getattr(source, "read_each", None)
+    return map(source.read, weights) if batched is None else batched(weights)
 
 
 def target_dtype(source: WeightSource, weight: Weight, dtype: np.dtype | None) -> np.dtype:

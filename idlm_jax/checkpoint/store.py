@@ -6,7 +6,7 @@ notices a truncated file only when it reads that far.
 """
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from idlm_jax.backbone.weights import Weight, weight_table
 from idlm_jax.checkpoint import companions
 from idlm_jax.checkpoint.arrays import as_bytes, contiguous
 from idlm_jax.checkpoint.atomic import new_directory, require_space
-from idlm_jax.checkpoint.source import WeightSource, changed_config, stored_size, target_dtype
+from idlm_jax.checkpoint.source import WeightSource, changed_config, read_each, stored_size, target_dtype
 from idlm_jax.config import ModelConfig
 from idlm_jax.errors import UserError
 
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST = "idlm.json"
 PARAMS = "params"
-# Tensors saved or loaded in one call of Orbax: enough to hide its 30 ms, little enough for the memory limit.
-_BATCH_BYTES = 128 * 2**20
+# Tensors saved, or loaded, in one call of Orbax: enough to hide its 30 ms, little enough for the memory limit (loading
+# leaves some of its buffers with the allocator).
+_SAVE_BYTES = 128 * 2**20
+_LOAD_BYTES = 32 * 2**20
 # Chunks of one array on disk: larger ones load slower and cost memory, smaller ones make more files.
 _CHUNK_BYTES = 64 * 2**20
 # Files up to this size (metadata, indices) are checked whole when a checkpoint is opened.
@@ -54,14 +56,16 @@ class OrbaxSource:
         """One tensor in our layout."""
         return self._read_batch([weight])[weight.path]
 
-    def read_all(self) -> Iterator[tuple[Weight, np.ndarray]]:
-        """Every tensor in the order of the table, with as few calls of Orbax as memory allows."""
-        for batch in batches(
-            weight_table(self.config), lambda weight: weight.size * self.stored_dtype(weight).itemsize
-        ):
+    def read_each(self, weights: Iterable[Weight]) -> Iterator[np.ndarray]:
+        """Tensors in the order asked for, with as few calls of Orbax as memory allows."""
+
+        def size(weight: Weight) -> int:
+            return weight.size * self.stored_dtype(weight).itemsize
+
+        for batch in batches(weights, size, _LOAD_BYTES):
             arrays = self._read_batch(batch)
             for weight in batch:
-                yield weight, arrays.pop(weight.path)
+                yield arrays.pop(weight.path)
 
     def stored_dtype(self, weight: Weight) -> np.dtype:
         """The dtype that ``read`` returns, without reading."""
@@ -147,12 +151,13 @@ def write_orbax(
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     with new_directory(Path(target), stored_size(source, dtype), overwrite, source.path) as directory, context:
         params = str(directory / PARAMS)
+        tensors = read_each(source, weights)
         for batch in batches(weights, size):
             arrays = {}
             for weight in batch:
-                arrays[weight.path] = contiguous(
-                    source.read(weight).astype(target_dtype(source, weight, dtype), copy=False)
-                )
+                array = next(tensors).astype(target_dtype(source, weight, dtype), copy=False)
+                arrays[weight.path] = contiguous(array)
+                del array  # a transposed copy beside the original, and Orbax's buffers, would be one too many
                 checksums[weight.path] = zlib.crc32(as_bytes(arrays[weight.path]))
             written = sum(map(size, batch))
             require_space(directory, written)
@@ -166,8 +171,10 @@ def write_orbax(
         companions.write_json(directory / MANIFEST, _manifest(source, checksums, directory))
 
 
-def batches(weights: list[Weight], size: Callable[[Weight], int], limit: int = _BATCH_BYTES) -> Iterator[list[Weight]]:
-    """Cut a list of tensors into runs of at most ``limit`` bytes; a larger tensor is a run of its own."""
+def batches(
+    weights: Iterable[Weight], size: Callable[[Weight], int], limit: int = _SAVE_BYTES
+) -> Iterator[list[Weight]]:
+    """Cut a series of tensors into runs of at most ``limit`` bytes; a larger tensor is a run of its own."""
     batch: list[Weight] = []
     held = 0
     for weight in weights:

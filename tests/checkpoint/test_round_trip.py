@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idlm_jax.backbone.weights import weight_table
+from idlm_jax.backbone.weights import Weight, weight_table
 from idlm_jax.checkpoint.hf import HFSource, find_tensors, write_hf
 from idlm_jax.checkpoint.open import load_params, open_source
 from idlm_jax.checkpoint.store import OrbaxSource, batches, write_orbax
@@ -140,6 +140,20 @@ def test_load_params_is_the_same_from_either_source(dtype: str | None, tmp_path:
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert a.dtype == b.dtype and (dtype is None or a.dtype == wanted)
         assert raw_bytes(np.asarray(a)) == raw_bytes(np.asarray(b))
+
+
+def test_sharding_decides_where_each_weight_goes() -> None:
+    source = HFSource(GOLDEN / "qwen3_tied")
+    asked = []
+
+    def place(weight: Weight) -> jax.sharding.Sharding:
+        asked.append(weight.path)
+        return jax.sharding.SingleDeviceSharding(jax.devices()[-1])
+
+    placed, plain = load_params(source, sharding=place), load_params(source)
+    assert asked == [weight.path for weight in weight_table(source.config)]
+    jax.tree.map(np.testing.assert_array_equal, placed, plain)
+    assert all(leaf.devices() == {jax.devices()[-1]} for leaf in jax.tree.leaves(placed))
 
 
 def test_cast_is_written_into_tensors_and_config(tmp_path: Path) -> None:
