@@ -25,8 +25,15 @@ def matmul(x: Float[Array, "*rows I"], kernel: Float[Array, "I O"]) -> Float[Arr
     return jnp.matmul(x, kernel, precision=precision)
 
 
-class RMSNorm(nnx.Module):
+def rms_norm(x: Float[Array, "*rows D"], scale: Float[Array, "..."], epsilon: float) -> Float[Array, "*rows D"]:
     """Root-mean-square norm over the last axis: computed in float32, cast back, then scaled (method.md 1.1)."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    return scale * normed.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """A root-mean-square norm with a learned scale."""
 
     def __init__(self, params: dict, epsilon: float):
         self.scale = nnx.Param(params["scale"])
@@ -34,9 +41,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         """Normalise ``x``; the result has its dtype."""
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
-        return self.scale[...] * normed.astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.epsilon)
 
 
 class LoRA(nnx.Module):

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from idlm_jax.backbone.adapter import Adapter
-from idlm_jax.backbone.layers import FusedLinear, Linear, RMSNorm, Rope, apply_rope, rope_tables
+from idlm_jax.backbone.layers import FusedLinear, Linear, RMSNorm, Rope, apply_rope, rms_norm, rope_tables
 from idlm_jax.backbone.weights import Params, is_stacked
 from idlm_jax.config import ModelConfig
 from pallas_kernels.decode_attention.reference import window_attention
@@ -71,9 +71,16 @@ class Attention(nnx.Module):
         """Project, rotate, attend, project back."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (part.reshape(heads) for part in _project(self.qkv_proj, x, adapter_from))
+        # q and k are normalised and rotated as one array: at a few rows a step waits for launches, not for bytes.
+        qk = jnp.concatenate([q, k], axis=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out, state = attend(apply_rope(q, rope), apply_rope(k, rope), v, state)
+            scales = [
+                jnp.broadcast_to(norm.scale[...], (part.shape[2], self.head_dim))
+                for norm, part in ((self.q_norm, q), (self.k_norm, k))
+            ]
+            qk = rms_norm(qk, jnp.concatenate(scales), self.q_norm.epsilon)
+        q, k = jnp.split(apply_rope(qk, rope), [q.shape[2]], axis=2)
+        out, state = attend(q, k, v, state)
         return self.o_proj(out.reshape(*x.shape[:2], -1), adapter_from), state
 
 

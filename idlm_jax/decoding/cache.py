@@ -39,12 +39,16 @@ def cache_bytes(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -
 def write_rows(
     cache: Float[Array, "B K S d"], rows: Float[Array, "B W K d"], length_B: Int[Array, " B"]
 ) -> Float[Array, "B K S d"]:
-    """Store W rows at slots ``length … length + W - 1`` of every request."""
+    """Store W rows at slots ``length … length + W - 1`` of every request; the cache must have room for them."""
 
     def store(cache_KSd: Array, rows_KWd: Array, length: Array) -> Array:
         return jax.lax.dynamic_update_slice(cache_KSd, rows_KWd, (0, length, 0))
 
-    return jax.vmap(store)(cache, rows.swapaxes(1, 2).astype(cache.dtype), length_B)
+    rows_BKWd = rows.swapaxes(1, 2).astype(cache.dtype)
+    if cache.shape[0] == 1:
+        # vmap makes a scatter of it, and XLA guards each with a bounds check: two kernels a layer at batch 1.
+        return store(cache[0], rows_BKWd[0], length_B[0])[None]
+    return jax.vmap(store)(cache, rows_BKWd, length_B)
 
 
 def cached_attention(length_B: Int[Array, " B"], mask_BWW: Bool[Array, "B W W"]) -> Attend:

@@ -1,5 +1,7 @@
 """Window attention in plain jnp: the oracle of the kernels, and the path that runs everywhere."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -21,15 +23,20 @@ def window_attention(
     """
     batch, rows, heads, head_dim = q_BWHd.shape
     kv_heads, slots = k_BKSd.shape[1], k_BKSd.shape[2]
-    precision = jax.lax.Precision.HIGHEST if q_BWHd.dtype == jnp.float32 else None
-    q = q_BWHd.reshape(batch, rows, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("bwkgd,bksd->bkgws", q, k_BKSd, precision=precision, preferred_element_type=jnp.float32)
+    group = heads // kv_heads
+    # The query heads of one key head are rows of one product, so that slots stay the minor axis of the scores and XLA
+    # makes one kernel of scale, mask and softmax.
+    q = q_BWHd.reshape(batch, rows, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, kv_heads, group * rows, head_dim)
     tail = jnp.arange(slots)[None, :] - prefix_B[:, None]
     in_window = jnp.take_along_axis(mask_BWW, jnp.clip(tail, 0, rows - 1)[:, None, :], axis=2)
-    visible = jnp.where(tail[:, None, :] < 0, True, in_window & (tail < rows)[:, None, :])
-    scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, -jnp.inf)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BKSd.dtype)
-    out = jnp.einsum(
-        "bkgws,bksd->bwkgd", probabilities, v_BKSd, precision=precision, preferred_element_type=jnp.float32
-    )
+    visible = (tail < 0)[:, None, :] | (in_window & (tail < rows)[:, None, :])
+    bias = jnp.where(jnp.tile(visible, (1, group, 1)), 0.0, -jnp.inf)[:, None]
+
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    product = partial(jax.lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
+    scores = product(q, k_BKSd, (((3,), (3,)), ((0, 1), (0, 1))))
+    probabilities = jax.nn.softmax(scores * head_dim**-0.5 + bias, axis=-1).astype(v_BKSd.dtype)
+    out = product(probabilities, v_BKSd, (((3,), (2,)), ((0, 1), (0, 1))))
+    out = out.reshape(batch, kv_heads, group, rows, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(q_BWHd.shape).astype(q_BWHd.dtype)
