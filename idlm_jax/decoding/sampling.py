@@ -59,7 +59,7 @@ def _at_least(
     Bisects over float32 mapped to integers of the same order: 32 reductions give the exact threshold, and a reduction
     is far cheaper than a sort of a 150,000-token row.
     """
-    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+    bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.int32)  # -0 and +0 are a tie
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
     def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
