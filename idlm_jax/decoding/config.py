@@ -4,11 +4,13 @@ Keys of the official files keep their meaning where decoding stays exact; a valu
 name. ``layout`` and ``coupling`` are ours.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from idlm_jax.config import load_yaml
+from idlm_jax.decoding.generate import SamplingParams
 from idlm_jax.decoding.sampling import COUPLINGS
 from idlm_jax.decoding.step import Policy
 from idlm_jax.decoding.window import LAYOUTS
@@ -45,54 +47,80 @@ class DecodeConfig:
         )
 
 
-# Official keys whose other values are lossy or mean nothing in an exact decoder, with the one value that is accepted.
-_EXACT_ONLY: dict[str, Any] = {
-    "confidence_threshold": 0.0,
-    "use_spec_verify": True,
-    "verify_alpha": 1.0,
-    "fast_verify": False,
-    "output_correction": False,
-    "causal_prefill": True,
+# Official keys of which one value alone is exact, and what any other would do.
+_EXACT_ONLY: dict[str, tuple[Any, str]] = {
+    "confidence_threshold": (0.0, "let drafts through by their confidence"),
+    "use_spec_verify": (True, "accept drafts without verifying them"),
+    "verify_alpha": (1.0, "accept drafts with another probability than min(1, p/q)"),
+    "fast_verify": (False, "accept any draft among the top logits"),
+    "output_correction": (False, "emit another token than the one the model goes on from"),
+    "causal_prefill": (True, "let prompt tokens see those after them"),
 }
 # Official keys that only tune a lossy mode.
 _LOSSY = ("fast_verify_topk", "fast_verify_topk_per_spec", "confidence_accept_threshold")
 _OFFICIAL_NAMES = {"gen_block_size": "stride", "conditional_lora": "gated"}
 
 
-def load_decode_config(path: Path) -> DecodeConfig:
-    """Read a YAML file of decode settings; raises UserError for unknown keys and for lossy settings."""
-    data = load_yaml(path)
+def load_decode_config(path: str | Path) -> DecodeConfig:
+    """Read a YAML file of decode settings; raises UserError for unknown keys, bad values and lossy settings."""
+    data = {str(key): value for key, value in load_yaml(Path(path)).items()}
     ours = DecodeConfig.__dataclass_fields__
     known = [*ours, *_OFFICIAL_NAMES, *_EXACT_ONLY, *_LOSSY, "block_size", "verify_num_specs"]
     require_known_keys(data, known, str(path))
-    for key in _LOSSY:
-        if key in data:
-            raise UserError(
-                f"{path}: '{key}' belongs to a lossy verification that this decoder does not have; remove it"
-            )
-    for key, exact in _EXACT_ONLY.items():
-        if data.get(key, exact) != exact:
-            raise UserError(
-                f"{path}: '{key}: {data[key]}' would change the distribution of the text; only {exact} is exact"
-            )
-    values = {_OFFICIAL_NAMES.get(key, key): value for key, value in data.items()}
-    settings = {key: value for key, value in values.items() if key in ours}
-    for key, value in settings.items():
-        expected = type(getattr(DecodeConfig(), key))
-        if not isinstance(value, expected | (int if expected is float else expected)) or (
-            isinstance(value, bool) and expected is not bool
-        ):
-            raise UserError(f"{path}: '{key}' must be of type {expected.__name__}, not {value!r}")
+    _refuse_lossy(data, path)
+    settings: dict[str, Any] = {}
+    for key, value in data.items():
+        name = _OFFICIAL_NAMES.get(key, key)
+        if name not in ours:
+            continue
+        if name in settings:
+            official = next(theirs for theirs, own in _OFFICIAL_NAMES.items() if own == name)
+            raise UserError(f"{path}: '{official}' and '{name}' mean the same; give one of them")
+        settings[name] = _checked(key, value, type(getattr(DecodeConfig(), name)), path)
     config = DecodeConfig(**settings)
-    config.policy()
+    try:
+        config.policy()
+        SamplingParams(config.temperature, config.top_k, config.top_p).validate()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     _check_sizes(data, config.stride, path)
     return config
 
 
-def _check_sizes(data: dict[str, Any], stride: int, path: Path) -> None:
-    for key, needed in (("block_size", 2 * stride - 1), ("verify_num_specs", stride - 1)):
-        if data.get(key, needed) != needed:
-            raise UserError(f"{path}: '{key}' must be {needed} at stride {stride}, not {data[key]}")
+def _refuse_lossy(data: dict[str, Any], path: str | Path) -> None:
+    for key in _LOSSY:
+        if key in data:
+            raise UserError(f"{path}: '{key}' tunes a lossy verification that this decoder does not have; remove it")
+    for key, (exact, effect) in _EXACT_ONLY.items():
+        if data.get(key, exact) != exact:
+            raise UserError(
+                f"{path}: '{key}: {_as_yaml(data[key])}' would {effect}, which changes the distribution of the text; "
+                f"only {_as_yaml(exact)} is exact"
+            )
+
+
+def _checked(key: str, value: Any, expected: type, path: str | Path) -> Any:
+    accepted = (int, float) if expected is float else expected
+    if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
+        raise UserError(f"{path}: '{key}' must be of type {expected.__name__}, not {_as_yaml(value)}")
+    return expected(value)
+
+
+def _check_sizes(data: dict[str, Any], stride: int, path: str | Path) -> None:
+    if data.get("block_size", 2 * stride - 1) != 2 * stride - 1:
+        raise UserError(
+            f"{path}: 'block_size' must be {2 * stride - 1} at stride {stride}, not {_as_yaml(data['block_size'])}"
+        )
+    if data.get("verify_num_specs", stride - 1) != stride - 1:
+        raise UserError(
+            f"{path}: 'verify_num_specs: {_as_yaml(data['verify_num_specs'])}' would accept the drafts after those "
+            f"without verifying them, which changes the distribution of the text; only {stride - 1} is exact at "
+            f"stride {stride}"
+        )
+
+
+def _as_yaml(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool | str | None) else str(value)
 
 
 def _named(what: str, name: str, table: dict[str, Any]) -> Any:
