@@ -2,9 +2,12 @@
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
+
+from jinja2 import TemplateError
 
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.backbone.weights import fuse_projections
@@ -15,7 +18,7 @@ from idlm_jax.config import ModelConfig
 from idlm_jax.decoding.config import DecodeConfig
 from idlm_jax.decoding.generate import DecodeStats, Decoding, Emission, SamplingParams, stats_from_history
 from idlm_jax.decoding.text import Piece, TextBuilder
-from idlm_jax.errors import UserError
+from idlm_jax.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,8 +27,10 @@ Message = Mapping[str, str]
 # A text to continue, a chat as OpenAI-style messages, or token ids.
 Prompt = str | Sequence[Message] | Sequence[int]
 
-# Rounds between two looks at the text, when somebody waits for it or a stop string may end it.
+# Rounds between two looks at the text, when somebody waits for it or a stop string may end it; and otherwise, so that
+# an interrupt need not wait for the whole text.
 ROUNDS_PER_LOOK = 8
+ROUNDS_PER_CALL = 128
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,41 @@ class Generation:
     prompt_tokens: int
     # What was really used; the seed, if none was given, was drawn.
     sampling: SamplingParams
+    decode: DecodeConfig
     stats: DecodeStats
     # Decoding of the whole batch, without prefill and compilation; and those.
     seconds: float
     start_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of this answer alone; the others of its batch were decoded in the same time."""
+        return self.stats.tokens / self.seconds if self.seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, ready for JSON."""
+        stats = self.stats
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": self.prompt_tokens,
+            "sampling": asdict(self.sampling),
+            "stride": self.decode.stride,
+            "layout": self.decode.layout,
+            "coupling": self.decode.coupling,
+            "gated": self.decode.gated,
+            "stats": {
+                "tokens": stats.tokens,
+                "forwards": stats.forwards,
+                "tokens_per_forward": stats.tokens_per_forward,
+                "acceptance": list(stats.acceptance),
+                "cold_share": stats.cold_share,
+                "seconds": self.seconds,
+                "start_seconds": self.start_seconds,
+                "tokens_per_second": self.tokens_per_second,
+            },
+        }
 
 
 class LanguageModel:
@@ -61,49 +97,77 @@ class LanguageModel:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; chats go through the tokenizer's chat template, ready for the answer."""
         if isinstance(prompt, str):
-            return list(self.tokenizer(prompt).input_ids)
-        if prompt and isinstance(prompt[0], Mapping):
+            return list(self.tokenizer(prompt, verbose=False).input_ids)
+        if len(prompt) and isinstance(prompt[0], Mapping):
             if not self.tokenizer.chat_template:
                 raise UserError("this model has no chat template; give a plain text prompt")
-            text = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-            return list(self.tokenizer(text, add_special_tokens=False).input_ids)
-        return [int(token) for token in prompt]
+            chat = [dict(message) for message in cast("Sequence[Message]", prompt)]
+            try:
+                text = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            except TemplateError as error:
+                raise UserError(f"the model's chat template refuses these messages: {error}") from None
+            return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        return [int(token) for token in cast("Sequence[int]", prompt)]
+
+    def as_chat(self, text: str, system: str | None = None) -> Prompt:
+        """A text as the user's message of a chat, where the tokenizer has a chat template; else the text itself."""
+        if not self.tokenizer.chat_template:
+            if system is not None:
+                raise UserError("this model has no chat template, so there is no place for a system message")
+            return text
+        opening = [] if system is None else [{"role": "system", "content": system}]
+        return [*opening, {"role": "user", "content": text}]
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         decode: DecodeConfig | None = None,
-        **overrides: object,
+        **overrides: Any,
     ) -> list[Generation]:
         """Answer one prompt or a batch of prompts of any lengths; always returns a list.
 
-        ``sampling`` is one for all or one each. ``decode`` and keyword arguments named like its fields (``stride``,
-        ``layout``, ``coupling``, ``gated``) say how: the text follows the same distribution whatever they are, and with
-        ``coupling="gumbel"`` it is the same text. Raises UserError for requests that cannot run.
+        ``sampling`` is one for all or one each (default: what ``decode`` carries, greedy if nothing). ``decode`` and
+        keyword arguments named like its fields (``stride``, ``layout``, ``coupling``, ``gated``) say how: the text
+        follows the same distribution whatever they are, and with ``coupling="gumbel"`` it is the same text. Raises
+        UserError for requests that cannot run.
         """
-        batch = [prompts] if _is_single(prompts) else list(prompts)
-        run = _Run(self, batch, sampling, decode, overrides)
-        for _ in run:
+        batch = cast("list[Prompt]", [prompts] if _is_single(prompts) else list(prompts))
+        answering = self.start(batch, sampling, decode, streaming=False, **overrides)
+        for _ in answering:
             pass
-        return run.generations()
+        return answering.generations()
 
     def stream(
         self,
         prompt: Prompt,
         sampling: SamplingParams | None = None,
         decode: DecodeConfig | None = None,
-        **overrides: object,
+        **overrides: Any,
     ) -> Iterator[Piece | Generation]:
         """Answer one prompt piece by piece, as text is committed; the last item is the finished Generation."""
-        run = _Run(self, [prompt], sampling, decode, overrides, looks=True)
-        for pieces in run:
+        answering = self.start([prompt], sampling, decode, **overrides)
+        for pieces in answering:
             yield from pieces[0]
-        yield run.generations()[0]
+        yield answering.generations()[0]
+
+    def start(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        decode: DecodeConfig | None = None,
+        streaming: bool = True,
+        **overrides: Any,
+    ) -> "Answering":
+        """Check a batch, compile and prefill; the answers come when the result is iterated.
+
+        ``streaming`` looks for new text every few rounds rather than as seldom as the stop strings allow.
+        """
+        return Answering(self, prompts, sampling, decode, overrides, streaming)
 
 
-class _Run:
-    """One call of generate or stream: iterating it decodes, yielding the new pieces of every request."""
+class Answering:
+    """A batch being answered: iterating it decodes, yielding the new pieces of every request."""
 
     def __init__(
         self,
@@ -111,19 +175,20 @@ class _Run:
         prompts: Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         decode: DecodeConfig | None,
-        overrides: Mapping[str, object],
-        looks: bool = False,
+        overrides: Mapping[str, Any],
+        streaming: bool,
     ):
-        if not prompts:
+        if not len(prompts):
             raise UserError("no prompts given")
         for name in overrides:
             if name not in DecodeConfig.__dataclass_fields__:
-                raise TypeError(f"unexpected keyword argument '{name}'")
+                raise TypeError(
+                    f"unexpected keyword argument '{name}'{did_you_mean(name, DecodeConfig.__dataclass_fields__)}"
+                )
         self.decode = replace(decode or DecodeConfig(), **overrides)
-        shared = sampling or SamplingParams(
-            temperature=self.decode.temperature, top_k=self.decode.top_k, top_p=self.decode.top_p
-        )
-        each = [shared] * len(prompts) if isinstance(shared, SamplingParams) else list(shared)
+        if sampling is None:
+            sampling = SamplingParams(self.decode.temperature, self.decode.top_k, self.decode.top_p)
+        each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
         if len(each) != len(prompts):
             raise UserError(f"{len(each)} sampling parameters for {len(prompts)} prompts")
         self.sampling = [p if p.seed is not None else replace(p, seed=secrets.randbits(32)) for p in each]
@@ -131,8 +196,8 @@ class _Run:
         ends = [(() if p.ignore_eos else owner.config.eos_token_ids) + p.stop_token_ids for p in self.sampling]
         self.builders = [TextBuilder(owner.tokenizer, p.stop, end) for p, end in zip(self.sampling, ends, strict=True)]
         self.decoding = Decoding(owner.model, self.prompts, self.sampling, self.decode.policy())
-        longest = max(p.max_tokens for p in self.sampling)
-        self.rounds = ROUNDS_PER_LOOK if looks or any(p.stop for p in self.sampling) else longest
+        looks = streaming or any(p.stop for p in self.sampling)
+        self.rounds = ROUNDS_PER_LOOK if looks else ROUNDS_PER_CALL
         self.emissions: list[Emission] = []
 
     def __iter__(self) -> Iterator[list[list[Piece]]]:
@@ -149,9 +214,10 @@ class _Run:
         seen = len(builder.token_ids)
         if builder.finish_reason:
             return []
-        return builder.feed(emission.tokens[seen:], drafted_flags(emission)[seen:])
+        return builder.feed(emission.tokens[seen:].tolist(), drafted_flags(emission)[seen:])
 
     def generations(self) -> list[Generation]:
+        """The answers so far; complete once the iteration has ended."""
         return [
             Generation(
                 text=builder.text,
@@ -159,6 +225,7 @@ class _Run:
                 finish_reason=builder.finish_reason or "length",
                 prompt_tokens=len(prompt),
                 sampling=sampling,
+                decode=self.decode,
                 stats=stats_from_history(emission.history, len(builder.token_ids), self.decode.stride),
                 seconds=self.decoding.seconds,
                 start_seconds=self.decoding.start_seconds,
@@ -176,7 +243,7 @@ def drafted_flags(emission: Emission) -> list[bool]:
 
 
 def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping | int))
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping | Integral))
 
 
 def load(
@@ -200,7 +267,9 @@ def load(
         config = config.replace(mask_token_id=loaded.config.mask_token_id)
     default = "bfloat16" if source.kind == "gguf" else "keep"
     tokenizer = source.tokenizer()
+    if not tokenizer.is_fast:
+        raise UserError(f"{model}: its tokenizer ({type(tokenizer).__name__}) has no fast form (tokenizer.json)")
     params = fuse_projections(load_params(source, parse_dtype(dtype or default)))
     if loaded:
         loaded = loaded.astype(params["embed_tokens"]["embedding"].dtype)
-    return LanguageModel(Qwen3(config, params, loaded), tokenizer, loaded is not None)
+    return LanguageModel(Qwen3(config, params, loaded), cast("PreTrainedTokenizerFast", tokenizer), loaded is not None)

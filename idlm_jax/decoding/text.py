@@ -28,7 +28,6 @@ class TextBuilder:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", stop: Sequence[str], end_ids: Sequence[int]):
         self._backend = tokenizer.backend_tokenizer
-        self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stop, self._end_ids = tuple(stop), frozenset(end_ids)
         self._drafted: list[bool] = []  # one flag a character of ``text``
@@ -46,6 +45,7 @@ class TextBuilder:
             self.token_ids.append(int(token))
             if token in self._end_ids:
                 self.finish_reason = "stop"
+                self._flush(self.token_ids[:-1])
                 break
             self._append(self._stream.step(self._backend, int(token)) or "", flag)
         return self._release(len(self.text) if self.finish_reason else len(self.text) - self._held_back())
@@ -54,10 +54,14 @@ class TextBuilder:
         """Release what was held back; an incomplete last character is shown as the tokenizer shows it."""
         if self.finish_reason is None:
             self.finish_reason = "length"
-            whole = self._tokenizer.decode(self.token_ids, skip_special_tokens=True)
-            if whole.startswith(self.text):
-                self._append(whole[len(self.text) :], False)
+            self._flush(self.token_ids)
         return self._release(len(self.text))
+
+    def _flush(self, token_ids: Sequence[int]) -> None:
+        """Add the bytes that never became a character."""
+        whole = self._backend.decode(list(token_ids), skip_special_tokens=True)
+        if whole.startswith(self.text):
+            self._append(whole[len(self.text) :], False)
 
     def _append(self, text: str, drafted: bool) -> None:
         searched_from = max(0, len(self.text) - max(map(len, self._stop), default=0))

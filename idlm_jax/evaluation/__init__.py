@@ -1,0 +1,1 @@
+"""Measurements of what a model decodes: that it is exact, and how fast it is."""
