@@ -46,6 +46,9 @@ class Settings:
     device: str = "cuda"
     # Only the first so many prompts.
     limit: int | None = None
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    # Which of our decoders; names of DECODERS, none for logits alone.
+    decoders: tuple[str, ...] = tuple(DECODERS)
 
 
 def greedy_texts(model: Any, prompts: list[list[int]], settings: Settings, end: int) -> list[list[int]]:
@@ -80,17 +83,16 @@ def our_logit_rows(model: idlm_jax.LanguageModel, ids: list[int]) -> np.ndarray:
 _causal_logits = jax.jit(causal_logits)
 
 
-def compare_logits(ours: list[np.ndarray], theirs: list[np.ndarray]) -> dict[str, float]:
+def describe(ours: list[np.ndarray], theirs: list[np.ndarray]) -> str:
     """Largest and mean absolute error over all positions, the logits' scale, and how often the argmax agrees."""
-    difference = np.concatenate([np.abs(a - b) for a, b in zip(ours, theirs, strict=True)])
-    agreement = np.concatenate([a.argmax(-1) == b.argmax(-1) for a, b in zip(ours, theirs, strict=True)])
-    return {
-        "max": float(difference.max()),
-        "mean": float(difference.mean()),
-        "scale": float(np.concatenate(theirs).std()),
-        "argmax": float(agreement.mean()),
-        "positions": len(agreement),
-    }
+    pairs = list(zip(ours, theirs, strict=True))
+    largest = max(float(np.abs(a - b).max()) for a, b in pairs)
+    mean = np.mean(np.concatenate([np.abs(a - b).mean(-1) for a, b in pairs]))
+    agreement = np.concatenate([a.argmax(-1) == b.argmax(-1) for a, b in pairs])
+    return (
+        f"max error {largest:.3e}, mean {mean:.3e}, scale {np.concatenate(theirs).std():.3f}, "
+        f"argmax agreement {agreement.mean():.5f} over {len(agreement)} positions"
+    )
 
 
 def first_difference(ours: list[int], theirs: list[int]) -> int | None:
@@ -126,45 +128,59 @@ def compare_texts(
     return [name, f"{same}/{len(theirs)}", f"{max(differing, default=0):.5f}", f"{tokens / forwards:.3f}"]
 
 
-def run(settings: Settings, dtype: str, reference: list[list[int]] | None, console: Console) -> list[list[int]]:
-    """All comparisons in one dtype; ``reference`` are the sequences whose logits are compared (None: make them)."""
-    torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        settings.gguf.parent, gguf_file=settings.gguf.name, dtype=torch_dtype, attn_implementation="eager"
+@dataclass(frozen=True)
+class Reference:
+    """Sequences (prompt and transformers' greedy text) and transformers' logits on them, of the first dtype."""
+
+    dtype: str
+    sequences: list[list[int]]
+    rows: list[np.ndarray]
+
+
+def load_transformers(settings: Settings, dtype: str) -> Any:
+    """The PyTorch model, read from the GGUF file by transformers itself."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        settings.gguf.parent, gguf_file=settings.gguf.name, dtype=getattr(torch, dtype), attn_implementation="eager"
     )
-    theirs = theirs.to(settings.device).eval()
+    return model.to(settings.device).eval()
+
+
+def run(settings: Settings, dtype: str, reference: Reference | None, console: Console) -> Reference:
+    """All comparisons in one dtype."""
+    theirs = load_transformers(settings, dtype)
     ours = idlm_jax.load(settings.gguf, dtype=dtype, mask_token=16)
     lines = settings.prompts.read_text().splitlines()[: settings.limit]
     prompts = [ours.encode([{"role": "user", "content": line}]) for line in lines]
-    end = ours.config.eos_token_ids[0]
-    texts = greedy_texts(theirs, prompts, settings, end)
-    sequences = reference or [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+    texts = greedy_texts(theirs, prompts, settings, ours.config.eos_token_ids[0])
+    own = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+    sequences = reference.sequences if reference else own
     their_rows = [logit_rows(theirs, ids, settings.device) for ids in sequences]
     our_rows = [our_logit_rows(ours, ids) for ids in sequences]
-    errors = compare_logits(our_rows, their_rows)
-    console.print(
-        f"{dtype} logits over {errors['positions']} positions: max error {errors['max']:.3e}, "
-        f"mean {errors['mean']:.3e}, scale {errors['scale']:.3f}, argmax agreement {errors['argmax']:.5f}"
-    )
+    console.print(f"{dtype} logits, ours against transformers' {dtype}: {describe(our_rows, their_rows)}")
+    if reference:
+        against = f"against transformers' {reference.dtype}"
+        console.print(f"{dtype} logits, ours {against}: {describe(our_rows, reference.rows)}")
+        console.print(f"{dtype} logits, transformers' own {against}: {describe(their_rows, reference.rows)}")
     gaps = []
-    for prompt, text in zip(prompts, texts, strict=True):
-        rows = logit_rows(theirs, prompt + text, settings.device)[len(prompt) - 1 :]
-        best = np.partition(rows, -2, axis=-1)[:, -2:]
+    for prompt, ids in zip(prompts, own, strict=True):
+        best = np.partition(logit_rows(theirs, ids, settings.device)[len(prompt) - 1 :], -2, axis=-1)[:, -2:]
         gaps.append(best[:, 1] - best[:, 0])
     table = Table("decoder", "same text", "largest gap at a first difference", "TPF", title=f"greedy texts, {dtype}")
-    for name, decode in DECODERS.items():
-        table.add_row(*compare_texts(console, name, our_texts(ours, prompts, decode, settings), texts, gaps))
+    for name in settings.decoders:
+        generations = our_texts(ours, prompts, DECODERS[name], settings)
+        table.add_row(*compare_texts(console, name, generations, texts, gaps))
     console.print(table)
-    return sequences
+    return reference or Reference(dtype, sequences, their_rows)
 
 
 def main(settings: Settings) -> None:
-    """Compare in float32, then in bfloat16 on the same sequences."""
+    """Compare in each dtype, logits on the sequences of the first."""
     console = Console(width=120, soft_wrap=True)
     versions = f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     console.print(f"{jax.devices()[0].device_kind}, {versions}")
-    sequences = run(settings, "float32", None, console)
-    run(settings, "bfloat16", sequences, console)
+    reference = None
+    for dtype in settings.dtypes:
+        reference = run(settings, dtype, reference, console)
 
 
 if __name__ == "__main__":

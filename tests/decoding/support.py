@@ -136,9 +136,10 @@ def sample_texts(
     """Batches of texts from the decoder itself, each request with a seed of its own."""
     policy = cell.policy if coupling is None else replace(cell.policy, coupling=coupling)
     sampling = SamplingParams(cell.temperature, cell.top_k, cell.top_p, max_tokens=TEXT_LENGTH)
+    prefilled = start(model, [PROMPT] * batch, [sampling] * batch, policy)
     for first in range(0, count, batch):
-        state = start(model, [PROMPT] * batch, [sampling] * batch, policy)
         seeds = jnp.arange(first, first + batch, dtype=jnp.uint32)
+        state = jax.tree.map(jnp.copy, prefilled)  # decoding donates its state
         state = replace(state, filters=replace(state.filters, key=jax.vmap(jax.random.key)(seeds)))
         yield np.asarray(advance(model, state, TEXT_LENGTH, policy).tokens[:, :TEXT_LENGTH])
 

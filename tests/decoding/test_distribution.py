@@ -1,0 +1,71 @@
+"""ISD samples follow AR's distribution exactly, by enumeration of every text of a tiny model; the official rule fails.
+
+A pairwise-covering subset of the ways to decode runs always; ``pytest -m distribution`` runs all of them
+(``scripts/distribution_table.py`` prints them as a table).
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import jax.numpy as jnp
+import pytest
+from jaxtyping import Array, Float, Int, Key
+
+from idlm_jax.backbone.qwen3 import Qwen3
+from idlm_jax.decoding.sampling import Drafts, RatioCoupling
+from tests.decoding.support import ALL_CELLS, Cell, enumerate_texts, fit, pairwise_cells, sample_texts, tiny_model
+
+SAMPLES = 200_000
+
+
+@cache
+def _model(adapter: bool) -> Qwen3:
+    return tiny_model(adapter=adapter)
+
+
+def _assert_exact(cell: Cell) -> None:
+    model = _model(cell.adapter)
+    result = fit(sample_texts(model, cell, SAMPLES), enumerate_texts(model, cell))
+    assert result.samples >= SAMPLES
+    assert result.good, f"{cell.name}: {result}"
+
+
+@pytest.mark.parametrize("cell", pairwise_cells(), ids=lambda cell: cell.name)
+def test_samples_follow_the_enumerated_distribution_of_ar(cell: Cell) -> None:
+    _assert_exact(cell)
+
+
+@pytest.mark.distribution
+@pytest.mark.parametrize("cell", ALL_CELLS, ids=lambda cell: cell.name)
+def test_samples_follow_the_enumerated_distribution_of_ar_in_every_cell(cell: Cell) -> None:
+    _assert_exact(cell)
+
+
+def test_pairwise_cells_cover_every_pair_of_levels() -> None:
+    def pairs(cells: list[Cell]) -> set:
+        rows = [tuple(vars(cell).items()) for cell in cells]
+        return {(a, b) for row in rows for i, a in enumerate(row) for b in row[i + 1 :]}
+
+    assert pairs(pairwise_cells()) == pairs(ALL_CELLS)
+
+
+@dataclass(frozen=True)
+class OfficialCoupling(RatioCoupling):
+    """The official code's rule (method.md 3.7): drafts are the argmax of q, verified as if they were drawn from q."""
+
+    name: str = "official"
+
+    def draft(
+        self, log_q: Float[Array, "B drafts V"], key_B: Key[Array, " B"], position: Int[Array, "B drafts"]
+    ) -> Drafts:
+        return Drafts(jnp.argmax(log_q, axis=-1).astype(jnp.int32), log_q)
+
+
+@pytest.mark.parametrize("layout", ["standard", "branch"])
+def test_the_official_rule_fails_the_same_check(layout: str) -> None:
+    cell = Cell(3, layout, "ratio", 1.0, 0, 1.0, False)
+    model = _model(False)
+    result = fit(sample_texts(model, cell, SAMPLES // 10, OfficialCoupling()), enumerate_texts(model, cell))
+    assert not result.good
+    assert result.excess > 30
+    assert result.chi_square_p < 1e-12
