@@ -148,13 +148,13 @@ class Qwen3(nnx.Module):
         tokens: Int[Array, "B L"],
         positions: Int[Array, "B L"],
         attend: Attend,
-        states: Sequence[Any],
+        states: Any,
         adapter_from: int | None = None,
     ) -> tuple[Float[Array, "B L D"], Any]:
         """Final hidden states (after the last norm) and the new per-layer states.
 
-        ``states`` has one entry a layer (unstacked) or one tree with a leading layer axis (stacked). Rows from
-        ``adapter_from`` on run with the adapter; ``None`` runs the base model alone.
+        ``states`` has one entry a layer (unstacked), one tree with a leading layer axis (stacked), or is None where
+        ``attend`` carries nothing. Rows from ``adapter_from`` on run with the adapter; ``None`` runs the base alone.
         """
         x = self._embed(tokens, adapter_from)
         rope = rope_tables(self.config.rope, self.config.head_dim, positions)
@@ -164,7 +164,7 @@ class Qwen3(nnx.Module):
             )
         else:
             new_states = []
-            for block, state in zip(self.layers, states, strict=True):
+            for block, state in zip(self.layers, states or [None] * len(self.layers), strict=True):
                 x, state = block(x, rope, attend, state, adapter_from)
                 new_states.append(state)
             states = tuple(new_states)
@@ -194,7 +194,5 @@ def causal_logits(model: Qwen3, tokens: Int[Array, "B L"], adapter_from: int | N
     def attend(q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
         return window_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), no_prefix, causal), state
 
-    layers = model.config.num_hidden_layers
-    states = None if isinstance(model.layers, Block) else (None,) * layers
-    hidden, _ = model(tokens, positions, attend, states, adapter_from)
+    hidden, _ = model(tokens, positions, attend, None, adapter_from)
     return model.logits(hidden)

@@ -108,8 +108,15 @@ class Drafts:
 class Coupling(Protocol):
     """How drafts are made and accepted; every implementation leaves the distribution of the text exactly AR's."""
 
-    name: str
-    stores_q: bool
+    @property
+    def name(self) -> str:
+        """What users call it."""
+        ...
+
+    @property
+    def stores_q(self) -> bool:
+        """Whether verification needs the distribution that drafts were drawn from."""
+        ...
 
     def draft(
         self, log_q: Float[Array, "B drafts V"], key_B: Key[Array, " B"], position: Int[Array, "B drafts"]

@@ -123,8 +123,12 @@ def _emit(before: DecodeState, after: DecodeState, accepted: Int[Array, " B"], t
         done=before.done | finished,
     )
     # A request that is done keeps its state; what it wrote beyond its length and counts is never read.
-    freeze = {name: getattr(before, name) for name in ("length", "pending", "warm")}
-    return replace(emitted, **{name: jnp.where(active, getattr(emitted, name), old) for name, old in freeze.items()})
+    return replace(
+        emitted,
+        length=jnp.where(active, after.length, before.length),
+        pending=jnp.where(active, after.pending, before.pending),
+        warm=jnp.where(active, after.warm, before.warm),
+    )
 
 
 def decode_rounds(model: Qwen3, state: DecodeState, rounds: Int[Array, ""], policy: Policy) -> DecodeState:

@@ -28,7 +28,10 @@ class Window:
 class Layout(Protocol):
     """Where the mask groups of a window are anchored, and which of them survives verification."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What users call it."""
+        ...
 
     def groups(self, stride: int) -> int:
         """Number of mask groups."""
