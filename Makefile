@@ -29,7 +29,7 @@ define show_versions
 endef
 
 help:
-	@echo "make demo         show introspective decoding on a tiny model, on the CPU"
+	@echo "make demo         fetch SmolLM2 and answer by AR and by ISD, token for token the same"
 	@echo "make test         the test suite on the pinned releases (TEST_ARGS=... for pytest)"
 	@echo "make check        formatting, lint and types"
 	@echo "make test-latest  the test suite on the newest releases that pyproject.toml allows"

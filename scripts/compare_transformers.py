@@ -25,6 +25,7 @@ from rich.table import Table
 import idlm_jax
 from idlm_jax.backbone.qwen3 import causal_logits
 from idlm_jax.decoding.config import DecodeConfig
+from idlm_jax.evaluation.equivalence import first_difference
 
 DECODERS = {
     "AR": DecodeConfig(stride=1),
@@ -93,14 +94,6 @@ def describe(ours: list[np.ndarray], theirs: list[np.ndarray]) -> str:
         f"max error {largest:.3e}, mean {mean:.3e}, scale {np.concatenate(theirs).std():.3f}, "
         f"argmax agreement {agreement.mean():.5f} over {len(agreement)} positions"
     )
-
-
-def first_difference(ours: list[int], theirs: list[int]) -> int | None:
-    """Index of the first token that differs, None for equal texts."""
-    for i, (a, b) in enumerate(zip(ours, theirs, strict=False)):
-        if a != b:
-            return i
-    return None if len(ours) == len(theirs) else min(len(ours), len(theirs))
 
 
 def our_texts(

@@ -164,12 +164,7 @@ def fuse_projections(params: Params) -> Params:
             fused[module] = {**rest, name: jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *trees)}
         return fused
 
-    if is_stacked(params):
-        params["layers"] = fuse(params["layers"])
-    else:
-        for i, layer in enumerate(params["layers"]):
-            params["layers"][i] = fuse(layer)
-    return params
+    return _replace_layers(params, fuse)
 
 
 def split_projections(params: Params, config: ModelConfig) -> Params:
@@ -187,11 +182,15 @@ def split_projections(params: Params, config: ModelConfig) -> Params:
             apart[module] = rest
         return apart
 
+    return _replace_layers(params, split)
+
+
+def _replace_layers(params: Params, change: Callable[[Params], Params]) -> Params:
     if is_stacked(params):
-        params["layers"] = split(params["layers"])
+        params["layers"] = change(params["layers"])
     else:
         for i, layer in enumerate(params["layers"]):
-            params["layers"][i] = split(layer)
+            params["layers"][i] = change(layer)
     return params
 
 
