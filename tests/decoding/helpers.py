@@ -22,7 +22,7 @@ MASK = VOCAB - 1
 # Every batch holds a prompt of LONGEST tokens that asks for MOST, so that all of them run the same compiled program.
 LONGEST, MOST = 20, 40
 
-_causal = jax.jit(causal_logits, static_argnums=2)
+full_forward = jax.jit(causal_logits, static_argnums=2)
 
 
 def drafting_config() -> ModelConfig:
@@ -96,7 +96,7 @@ def naive_ar(
     for row, prompt in zip(rows, prompts, strict=True):
         row[: len(prompt)] = prompt
     for position in range(count):
-        logits = np.array(_causal(model, jnp.asarray(rows), adapter_from))
+        logits = np.array(full_forward(model, jnp.asarray(rows), adapter_from))
         logits[:, :, MASK] = -np.inf
         for request, prompt in enumerate(prompts):
             at = len(prompt) + position
