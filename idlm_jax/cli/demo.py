@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
+from rich.markup import escape
 from tyro.conf import arg
 
 from idlm_jax.cli.flags import ModelFlags, check_can_draft
@@ -51,6 +52,7 @@ def demo(
         raise UserError("the prompt is empty")
     console = make_console()
     loaded = _load(model, directory, model_flags, console)
+    console.print("[bold]prompt:[/]", escape(prompt), soft_wrap=True)
     agreed = True
     for title, temperature in (("Greedy", 0.0), (f"Sampled, temperature 0.8, top-p 0.95, seed {SEED}", 0.8)):
         comparison = _compare(loaded, prompt, temperature, max_tokens)
