@@ -111,7 +111,7 @@ def test_measured_tokens_per_forward_follow_the_formula(layout: str, coupling: s
     p = accepted / warm  # P_1 … P_{N-1}
     formula = (2 + p[:-1].sum()) / (2 - p[-1]) if layout == "standard" else 1 + p.sum()
     tolerance = 2 * STRIDE * BATCH / forwards
-    assert tolerance < 0.1
+    assert tolerance < 0.12
     assert abs(tokens / forwards - formula) < tolerance
     # The other layout's formula is far off: the comparison can tell them apart.
     other = 1 + p.sum() if layout == "standard" else (2 + p[:-1].sum()) / (2 - p[-1])
