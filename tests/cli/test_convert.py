@@ -145,7 +145,8 @@ def test_killed_conversion_leaves_only_its_temporary_directory_and_can_be_repeat
 
 def test_interrupted_conversion_exits_with_130_and_leaves_nothing(tmp_path: Path) -> None:
     slow = (
-        "import sys, time; from idlm_jax.cli import main, progress;"
+        "import signal, sys, time; from idlm_jax.cli import main, progress;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"  # a suite run in the background inherits SIG_IGN
         "progress.Progress.__call__ = lambda self, size: (print('.', flush=True), time.sleep(30));"
         "sys.exit(main.main(['convert', *sys.argv[1:]]))"
     )
