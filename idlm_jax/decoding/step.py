@@ -104,8 +104,8 @@ def _emit(before: DecodeState, after: DecodeState, accepted: Int[Array, " B"], t
     depth = before.drafts.tokens.shape[1]
     k = jnp.arange(depth + 1)
     padded = jnp.pad(before.drafts.tokens, ((0, 0), (0, 1)))
-    new = jnp.where(k < accepted[:, None], padded, token[:, None])
-    ends = jnp.any(new[:, :, None] == before.eos[:, None, :], axis=2) & (k <= accepted[:, None])
+    new = jnp.where(k < accepted[:, None], padded, token[:, None])  # beyond ``accepted`` the next token repeats
+    ends = jnp.any(new[:, :, None] == before.eos[:, None, :], axis=2)
     until_end = jnp.where(jnp.any(ends, axis=1), jnp.argmax(ends, axis=1) + 1, depth + 1)
     room = before.max_tokens - before.emitted
     count = jnp.minimum(jnp.minimum(accepted + 1, until_end), room)
