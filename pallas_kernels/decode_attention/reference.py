@@ -17,9 +17,9 @@ def window_attention(
     """Grouped-query attention of W rows whose own keys and values already lie in slots ``prefix … prefix + W - 1``.
 
     Every row sees all slots before ``prefix_B`` and, inside the window, what ``mask_BWW`` (row, key) allows; each row
-    must see at least one key. Slots from ``prefix + W`` on get no weight, whatever finite values they hold. Scores and softmax are float32; the
-    probabilities are rounded to the dtype of ``v`` for the second product, whose sums are float32 again. The result has
-    the dtype of ``q``.
+    must see at least one key. Slots from ``prefix + W`` on get no weight, whatever finite values they hold. Scores and
+    softmax are float32; the probabilities are rounded to the dtype of ``v`` for the second product, whose sums are
+    float32 again. The result has the dtype of ``q``.
     """
     batch, rows, heads, head_dim = q_BWHd.shape
     kv_heads, slots = k_BKSd.shape[1], k_BKSd.shape[2]
