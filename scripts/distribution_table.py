@@ -1,6 +1,6 @@
 """Every way to decode against the enumerated AR distribution of a tiny model, as a Markdown table.
 
-Run by hand (half an hour on two cores)::
+Run by hand; it takes long on a CPU::
 
     python -m scripts.distribution_table
 
