@@ -4,7 +4,7 @@ Run it by hand where torch and transformers 5 are installed (CPU is enough; peft
 when a family, RoPE type or file format is added; commit what it writes. The tests read the files and need no torch.
 
     python scripts/make_golden.py --out tests/golden                        # everything below but the real model
-    python scripts/make_golden.py --out tests/golden --only hf              # one part: hf, peft or gguf
+    python scripts/make_golden.py --out tests/golden --only hf              # one part: hf, peft, gguf or training
     python scripts/make_golden.py --out tests/golden --smollm2 PATH.gguf    # only the real SmolLM2-135M-Instruct
 
 On one machine the bytes are the same at every run; another CPU or torch may differ in the last digits of the logits.
@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on the n
 import torch
 import transformers
 
-PARTS = ("hf", "peft", "gguf")
+PARTS = ("hf", "peft", "gguf", "training")
 
 
 def main() -> None:
@@ -51,8 +51,10 @@ def write_part(part: str, out: Path) -> None:
         from golden.hf_cases import write_hf_cases as write
     elif part == "peft":
         from golden.peft_cases import write_peft_cases as write
-    else:
+    elif part == "gguf":
         from golden.gguf_cases import write_gguf_cases as write
+    else:
+        from golden.training import write_training_cases as write
     write(out)
 
 
