@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from idlm_jax.config import RopeConfig
@@ -19,10 +20,22 @@ from idlm_jax.config import RopeConfig
 Rope = tuple[Float[Array, "B L 1 half"], Float[Array, "B L 1 half"]]
 
 
+def split_axes(x: Array) -> tuple | None:
+    """The mesh axes over which each axis of ``x`` is split, None without a mesh (design.md 9: Explicit axes)."""
+    sharding = jax.typeof(x).sharding
+    return None if sharding.mesh.empty else tuple(sharding.spec)
+
+
 def matmul(x: Float[Array, "*rows I"], kernel: Float[Array, "I O"]) -> Float[Array, "*rows O"]:
-    """``x @ kernel`` in the dtype of ``x``; float32 inputs are multiplied in float32 on every platform."""
+    """``x @ kernel`` in the dtype of ``x``; float32 inputs are multiplied in float32 on every platform.
+
+    Where the summed axis is split over devices (the second product of a tensor-parallel pair), the sum is whole on
+    each of them.
+    """
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.matmul(x, kernel, precision=precision)
+    axes = split_axes(x)
+    whole = None if axes is None or axes[-1] is None else PartitionSpec(*axes[:-1], None)
+    return jnp.matmul(x, kernel, precision=precision, out_sharding=whole)
 
 
 def rms_norm(x: Float[Array, "*rows D"], scale: Float[Array, "..."], epsilon: float) -> Float[Array, "*rows D"]:

@@ -5,16 +5,27 @@ of one layer (after qk-norm and RoPE) together with that layer's carried state, 
 new state. A plain causal pass, chunked prefill, a decoding window and two-stream training differ only in ``attend``.
 """
 
-from collections.abc import Sequence
+import enum
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from idlm_jax.backbone.adapter import Adapter
-from idlm_jax.backbone.layers import FusedLinear, Linear, RMSNorm, Rope, apply_rope, rms_norm, rope_tables
+from idlm_jax.backbone.layers import (
+    FusedLinear,
+    Linear,
+    RMSNorm,
+    Rope,
+    apply_rope,
+    rms_norm,
+    rope_tables,
+    split_axes,
+)
 from idlm_jax.backbone.weights import Params, is_stacked
 from idlm_jax.config import ModelConfig
 from pallas_kernels.decode_attention.reference import window_attention
@@ -35,6 +46,25 @@ class Attend(Protocol):
     ) -> tuple[Float[Array, "B L H d"], Any]:
         """Return the attention output and the layer's new state."""
         ...
+
+
+class Remat(enum.Enum):
+    """What the backward pass computes again, a layer at a time."""
+
+    # Nothing: every activation is kept.
+    NONE = "none"
+    # All but the results of matrix products.
+    DOTS = "dots"
+    # All: only the input of each layer is kept.
+    BLOCK = "block"
+
+    def wrap(self, layer: Callable[..., Any]) -> Callable[..., Any]:
+        """``layer`` with this policy."""
+        if self is Remat.NONE:
+            return layer
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self is Remat.DOTS else None
+        # Inside a scan nothing can be merged with the first computation, so the barrier against it would only cost.
+        return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
 def _projections(
@@ -71,7 +101,19 @@ class Attention(nnx.Module):
         """Project, rotate, attend, project back."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (part.reshape(heads) for part in _project(self.qkv_proj, x, adapter_from))
-        # q and k are normalised and rotated as one array: at a few rows a step waits for launches, not for bytes.
+        q, k = self._norm_and_rotate(q, k, rope)
+        out, state = attend(q, k, v, state)
+        return self.o_proj(out.reshape(*x.shape[:2], -1), adapter_from), state
+
+    def _norm_and_rotate(
+        self, q: Float[Array, "B L H d"], k: Float[Array, "B L K d"], rope: Rope
+    ) -> tuple[Float[Array, "B L H d"], Float[Array, "B L K d"]]:
+        axes = split_axes(q)
+        if axes is not None and axes[2] is not None:  # heads of q and k side by side would have to change devices
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
+            return apply_rope(q, rope), apply_rope(k, rope)
+        # As one array: at a few rows a step waits for launches, not for bytes.
         qk = jnp.concatenate([q, k], axis=2)
         if self.q_norm is not None and self.k_norm is not None:
             scales = [
@@ -80,8 +122,7 @@ class Attention(nnx.Module):
             ]
             qk = rms_norm(qk, jnp.concatenate(scales), self.q_norm.epsilon)
         q, k = jnp.split(apply_rope(qk, rope), [q.shape[2]], axis=2)
-        out, state = attend(q, k, v, state)
-        return self.o_proj(out.reshape(*x.shape[:2], -1), adapter_from), state
+        return q, k
 
 
 class MLP(nnx.Module):
@@ -120,11 +161,13 @@ class Qwen3(nnx.Module):
     """The whole model, built around a parameter tree (``weights.py``) with stacked or unstacked layers.
 
     The layers of ``adapter``, if there is one, are stacked or unstacked like the parameters; its mask embedding
-    replaces the embedding of the mask token on adapted rows.
+    replaces the embedding of the mask token on adapted rows. ``remat`` says what the backward pass of stacked layers
+    computes again instead of keeping it.
     """
 
-    def __init__(self, config: ModelConfig, params: Params, adapter: Adapter | None = None):
+    def __init__(self, config: ModelConfig, params: Params, adapter: Adapter | None = None, remat: Remat = Remat.NONE):
         self.config = config
+        self.remat = remat
         self.embedding = nnx.Param(params["embed_tokens"]["embedding"])
         lora = adapter.params["layers"] if adapter else None
         lora_scale = adapter.config.scale if adapter else 1.0
@@ -159,9 +202,11 @@ class Qwen3(nnx.Module):
         x = self._embed(tokens, adapter_from)
         rope = rope_tables(self.config.rope, self.config.head_dim, positions)
         if isinstance(self.layers, Block):
-            x, states = jax.lax.scan(
-                lambda x, layer: layer[0](x, rope, attend, layer[1], adapter_from), x, (self.layers, states)
-            )
+
+            def apply(x: Array, layer: tuple[Block, Any]) -> tuple[Array, Any]:
+                return layer[0](x, rope, attend, layer[1], adapter_from)
+
+            x, states = jax.lax.scan(self.remat.wrap(apply), x, (self.layers, states))
         else:
             new_states = []
             for block, state in zip(self.layers, states or [None] * len(self.layers), strict=True):
@@ -170,14 +215,23 @@ class Qwen3(nnx.Module):
             states = tuple(new_states)
         return self.norm(x), states
 
+    def head(self) -> Float[Array, "V D"]:
+        """The matrix whose rows are multiplied with a hidden state to give the logits."""
+        return self.embedding[...] if self.lm_head is None else self.lm_head[...].T
+
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Next-token logits in float32: products in the model's dtype, sums in float32."""
-        head = self.embedding[...].T if self.lm_head is None else self.lm_head[...]
         precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-        return jnp.matmul(hidden, head, precision=precision, preferred_element_type=jnp.float32)
+        return jnp.matmul(hidden, self.head().T, precision=precision, preferred_element_type=jnp.float32)
 
     def _embed(self, tokens: Int[Array, "B L"], adapter_from: int | None) -> Float[Array, "B L D"]:
-        x = self.embedding[...][tokens]
+        axes, table = split_axes(tokens), self.embedding[...]
+        if axes is None:
+            x = table[tokens]
+        else:
+            # Whole rows first: looking up slices of rows would leave every token's embedding spread over devices.
+            table = jax.reshard(table, PartitionSpec(jax.typeof(table).sharding.spec[0], None))
+            x = table.at[tokens].get(out_sharding=PartitionSpec(*axes, None))
         if self.mask_embedding is None or adapter_from is None:
             return x
         is_mask = (tokens == self.config.mask_token_id) & (jnp.arange(tokens.shape[1]) >= adapter_from)

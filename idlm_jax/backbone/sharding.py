@@ -2,10 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from idlm_jax.backbone.adapter import AdapterConfig, adapted_weights
 from idlm_jax.backbone.weights import Weight
+from idlm_jax.config import ModelConfig
+
+# The mesh of training: copies of the model, shards of weights and batch, and shards of heads, MLP and vocabulary.
+MESH_AXES = ("data", "fsdp", "tp")
+# Every batch axis is split over both.
+BATCH_AXES = ("data", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -20,13 +28,29 @@ class ShardingRules:
     head_dim: str | None = None
 
     def spec(self, weight: Weight, mesh: Mesh) -> PartitionSpec:
-        """Partition of one weight; an axis that the mesh lacks, or that does not divide the dimension, replicates."""
-        entries: list[str | None] = []
-        for axis, size in zip(weight.axes, weight.shape, strict=True):
-            mesh_axis: str | None = getattr(self, axis)
-            fits = mesh_axis in mesh.shape and size % mesh.shape[mesh_axis] == 0
-            entries.append(mesh_axis if fits else None)
-        return PartitionSpec(*entries)
+        """Partition of one weight; an axis that the mesh lacks, or that does not divide the dimension, replicates.
+
+        A vector over the residual stream (norms, the bias of o) is always replicated: it is small, and it meets
+        activations whose batch is split over the same mesh axis.
+        """
+        if weight.axes == ("embed",):
+            return PartitionSpec(None)
+        return PartitionSpec(*map(partial(self._mesh_axis, mesh), weight.axes, weight.shape))
+
+    def _mesh_axis(self, mesh: Mesh, axis: str, size: int) -> str | None:
+        mesh_axis: str | None = getattr(self, axis)
+        return mesh_axis if mesh_axis in mesh.shape and size % mesh.shape[mesh_axis] == 0 else None
+
+    def adapter_specs(self, config: ModelConfig, adapter: AdapterConfig, mesh: Mesh) -> dict[str, dict]:
+        """Partition of the stacked matrices of an adapter: each like the side of the weight it stands beside."""
+        specs: dict[str, dict] = {}
+        for module, name, weight in adapted_weights(config, adapter, 0):
+            inputs, outputs = map(partial(self._mesh_axis, mesh), weight.axes, weight.shape)
+            specs.setdefault(module, {})[name] = {
+                "a": PartitionSpec(None, inputs, None),
+                "b": PartitionSpec(None, None, outputs),
+            }
+        return specs
 
 
 def weight_sharding(mesh: Mesh, rules: ShardingRules | None = None) -> Callable[[Weight], NamedSharding]:

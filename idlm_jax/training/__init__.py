@@ -1,0 +1,1 @@
+"""Training: mask groups, the two-stream objective, the optimizer step and the loop around it."""

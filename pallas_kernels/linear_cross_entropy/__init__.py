@@ -1,0 +1,1 @@
+"""Losses of next-token distributions that never hold the logits of more than a few rows."""
