@@ -4,11 +4,12 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from idlm_jax.errors import UserError, did_you_mean
 
-# Verb -> what `idlm --help` says of it. The module `idlm_jax.cli.<verb>` holds a function of the same name.
+# Verb -> what `idlm --help` says of it. The module `idlm_jax.cli.<verb>` holds a function of the same name; a group of
+# verbs (GROUPS) has none, but a module `<group>_<verb>` for each of its own.
 VERBS = {
     "demo": "show exact parallel decoding on SmolLM2, side by side with ordinary decoding",
     "generate": "complete a prompt, several tokens a forward pass",
@@ -16,7 +17,15 @@ VERBS = {
     "convert": "turn a Hugging Face directory, Hub model or GGUF file into an Orbax checkpoint",
     "export": "turn any checkpoint into a Hugging Face directory",
     "info": "print configuration, parameters and memory of a checkpoint or configuration",
+    "data": "prepare, synthesize and inspect training data",
     "fetch": "download the model of the demo",
+}
+GROUPS = {
+    "data": {
+        "prepare": "turn chats and text into a token store",
+        "synthesize": "sample a token store from a model itself",
+        "inspect": "show the rows of a token store as training sees them",
+    },
 }
 
 _EXAMPLES = """\
@@ -48,41 +57,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def help_text() -> str:
     """What ``idlm --help`` prints."""
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
     return (
         "usage: idlm VERB [options]\n\n"
         "Introspective diffusion language models in JAX: convert, inspect and decode checkpoints.\n\n"
-        f"verbs:\n{verbs}\n\n{_EXAMPLES}"
+        f"{_list_verbs(VERBS)}\n{_EXAMPLES}"
     )
 
 
-def _run(arguments: list[str]) -> int:
+def group_help_text(group: str) -> str:
+    """What ``idlm GROUP --help`` prints."""
+    verbs = _list_verbs(GROUPS[group])
+    return (
+        f"usage: idlm {group} VERB [options]\n\n{VERBS[group].capitalize()}.\n\n{verbs}\nidlm {group} <verb> --help\n"
+    )
+
+
+def _list_verbs(verbs: Mapping[str, str]) -> str:
+    width = max(map(len, verbs))
+    return "verbs:\n" + "".join(f"  {verb:<{width}}  {text}\n" for verb, text in verbs.items())
+
+
+def _run(arguments: list[str], group: str = "") -> int:
+    """Run the verb that the arguments begin with: one of idlm's own, or of a group."""
+    verbs, text = (GROUPS[group], group_help_text(group)) if group else (VERBS, help_text())
     if not arguments:
-        print(help_text(), file=sys.stderr, end="")
+        print(text, file=sys.stderr, end="")
         return 2
     verb, *rest = arguments
     if verb in ("-h", "--help", "help"):
-        print(help_text(), end="")
+        print(text, end="")
         return 0
-    if verb in ("-V", "--version", "version"):
-        from importlib.metadata import PackageNotFoundError, version
+    if not group and verb in ("-V", "--version", "version"):
+        return _print_version()
+    words = f"{group} {verb}".lstrip()
+    if verb not in verbs:
+        program = f"idlm {group}".rstrip()
+        raise UserError(f"unknown verb '{words}'{did_you_mean(verb, verbs)} ({program} --help lists them)")
+    if not group and verb in GROUPS:
+        return _run(rest, verb)
+    return _call(words, rest)
 
-        try:
-            print(f"idlm {version('idlm_jax')}")
-        except PackageNotFoundError:
-            print("idlm (not installed; running from its source)")
-        return 0
-    if verb not in VERBS:
-        raise UserError(f"unknown verb '{verb}'{did_you_mean(verb, VERBS)} (idlm --help lists them)")
 
+def _print_version() -> int:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        print(f"idlm {version('idlm_jax')}")
+    except PackageNotFoundError:
+        print("idlm (not installed; running from its source)")
+    return 0
+
+
+def _call(words: str, arguments: list[str]) -> int:
     import tyro
 
-    function = getattr(importlib.import_module(f"idlm_jax.cli.{verb}"), verb)
+    name = words.replace(" ", "_")
+    function = getattr(importlib.import_module(f"idlm_jax.cli.{name}"), name)
     # The docstring as it stands, up to the arguments: tyro by itself would drop the examples.
     description = inspect.cleandoc(function.__doc__ or "").split("\nArgs:")[0].strip()
     code = tyro.cli(
-        function, prog=f"idlm {verb}", description=description, args=rest, config=(tyro.conf.FlagCreatePairsOff,)
+        function, prog=f"idlm {words}", description=description, args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
     )
     sys.stdout.flush()  # a closed pipe shows here rather than at exit
     return code or 0
