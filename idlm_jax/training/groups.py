@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Int
 
 from idlm_jax.backbone.layers import split_axes
 
 STARTS = ("aligned", "random")
-# Which rows carry the noisy loss; the first is the official code's, the second NeMo's (method.md 2.4).
-NOISY_TARGETS = ("masked", "answer")
 
 
 @jax.tree_util.register_dataclass
@@ -71,9 +70,6 @@ class GroupPolicy:
     starts: str = "random"
     # Noisy rows a clean token; aligned blocks that do not fit are left out and counted.
     density: float = 1.0
-    # "masked": rows whose own token is masked and whose next token is learnt (official). "answer": every row whose next
-    # token is learnt, so that the last prompt token's row also predicts the first token of the answer (NeMo).
-    noisy_targets: str = "masked"
 
     def groups(self, length: int) -> int:
         """Groups a row of ``length`` tokens."""
@@ -105,67 +101,67 @@ def draw_groups(batch: Batch, policy: GroupPolicy, mask_token_id: int, key: Arra
     ``key`` matters for random starts only: starts are then drawn without replacement among the tokens that the decoder
     could draft from, that is learnt tokens that follow another token and are followed by a learnt one.
     """
-    eligible, order = _eligible(batch, policy, key)
-    count = policy.groups(batch.tokens.shape[1])
-    score = jnp.where(eligible, order, -1.0)
-    best, start_BG = jax.lax.top_k(score, count)
-    # In the order of the text, absent groups last: neighbouring rows then see nearly the same keys.
-    start_BG = jnp.sort(jnp.where(best >= 0, start_BG, batch.tokens.shape[1]), axis=1)
-    left_out = jnp.sum(eligible, axis=1) - jnp.sum(best >= 0, axis=1)
-    left_out = left_out if policy.starts == "aligned" else jnp.zeros_like(left_out)
-    return _lay_out(batch, policy, start_BG, mask_token_id, left_out)
-
-
-def _eligible(batch: Batch, policy: GroupPolicy, key: Array) -> tuple[Bool[Array, "B L"], Float[Array, "B L"]]:
-    """Tokens at which a group may start, and the order (largest first) in which starts are taken, in [0, 1)."""
     length = batch.tokens.shape[1]
+    carries_loss = batch.loss_mask & batch.clean_targets
     if policy.starts == "random":
         axes = split_axes(batch.tokens)
-        order = jax.random.uniform(
-            key, batch.tokens.shape, out_sharding=None if axes is None else jax.sharding.PartitionSpec(*axes)
-        )
-        return batch.loss_mask & batch.clean_targets & (batch.positions > 0), order
-    order = 1.0 - (batch.index + 1) / (length + 1)
-    carries_loss = _carries_loss(batch, policy)
-    any_row = jnp.zeros_like(carries_loss)
-    for j in range(policy.block_size):
-        ahead = jnp.pad(carries_loss[:, j:], ((0, 0), (0, j)))
-        same = jnp.pad(batch.segment_ids[:, j:], ((0, 0), (0, j))) == batch.segment_ids
-        any_row |= ahead & same
-    starts_block = (batch.positions % policy.block_size == 0) & (batch.segment_ids > 0)
-    return starts_block & any_row, order
+        order = jax.random.uniform(key, batch.tokens.shape, out_sharding=None if axes is None else PartitionSpec(*axes))
+        eligible = carries_loss & (batch.positions > 0)
+    else:
+        order = 1.0 - (batch.index + 1) / (length + 1)
+        eligible = carries_loss & _first_of_block(batch, policy.block_size)
+    best, start_BG = jax.lax.top_k(jnp.where(eligible, order, -1.0), policy.groups(length))
+    # In the order of the text, absent groups last: neighbouring rows then see nearly the same keys.
+    start_BG = jnp.sort(jnp.where(best >= 0, start_BG, length), axis=1)
+    left_out = jnp.sum(eligible, axis=1) - jnp.sum(best >= 0, axis=1)
+    left_out = left_out if policy.starts == "aligned" else jnp.zeros_like(left_out)
+    return _lay_out(batch, policy, start_BG, carries_loss, mask_token_id, left_out)
 
 
-def _carries_loss(batch: Batch, policy: GroupPolicy) -> Bool[Array, "B L"]:
-    return batch.clean_targets & (batch.loss_mask if policy.noisy_targets == "masked" else True)
+def _first_of_block(batch: Batch, block_size: int) -> Bool[Array, "B L"]:
+    """Learnt tokens that begin an aligned block, or the learnt part of one that begins in a prompt.
+
+    The official code leaves prompt tokens of such a block as they are; they see what clean rows see and so are clean
+    rows, and what is left is a shorter group.
+    """
+    after_prompt = ~jnp.pad(batch.loss_mask[:, :-1], ((0, 0), (1, 0)))
+    return batch.loss_mask & ((batch.positions % block_size == 0) | after_prompt)
 
 
 def _lay_out(
-    batch: Batch, policy: GroupPolicy, start_BG: Int[Array, "B G"], mask_token_id: int, left_out: Int[Array, " B"]
+    batch: Batch,
+    policy: GroupPolicy,
+    start_BG: Int[Array, "B G"],
+    carries_loss: Bool[Array, "B L"],
+    mask_token_id: int,
+    left_out: Int[Array, " B"],
 ) -> NoisyRows:
     rows, length = batch.tokens.shape
-    shape = (rows, start_BG.shape[1] * policy.block_size)
+    size = policy.block_size
+    shape = (rows, start_BG.shape[1] * size)
     present = start_BG < length
-    # (group, row of the group), then flattened to R.
-    index = (start_BG[:, :, None] + jnp.arange(policy.block_size)).reshape(shape)
-    start = jnp.repeat(jnp.where(present, start_BG, 0), policy.block_size, axis=1)
-    inside = jnp.minimum(index, length - 1)
+    index_BGb = start_BG[:, :, None] + jnp.arange(size)
+    index = jnp.minimum(index_BGb, length - 1).reshape(shape)
+    start = jnp.repeat(jnp.where(present, start_BG, 0), size, axis=1)
 
     def at(array: Array, where: Array) -> Array:
         return jnp.take_along_axis(array, where, axis=1)
 
     first_position = at(batch.positions, start)
-    exists = jnp.repeat(present, policy.block_size, axis=1) & (index < length)
-    in_document = exists & (at(batch.segment_ids, inside) == at(batch.segment_ids, start))
-    # In an aligned block on the border, prompt tokens stay as they are (method.md 2.2); random starts have no border.
-    is_prompt = in_document & ~at(batch.loss_mask, inside)
+    positions = first_position + (index_BGb - start_BG[:, :, None]).reshape(shape)
+    in_group = at(batch.segment_ids, index) == at(batch.segment_ids, start)
+    if policy.starts == "aligned":
+        in_group &= positions // size == first_position // size
+    # Behind a token that is not learnt (the next prompt) the decoder would not draft any more.
+    unbroken = jnp.cumprod((in_group & at(batch.loss_mask, index)).reshape(index_BGb.shape), axis=2) > 0
+    exists = unbroken & present[:, :, None] & (index_BGb < length)
     return NoisyRows(
-        tokens=jnp.where(is_prompt, at(batch.tokens, inside), mask_token_id),
-        positions=first_position + index - jnp.repeat(start_BG, policy.block_size, axis=1),
+        tokens=jnp.full_like(index, mask_token_id),
+        positions=positions,
         key_start=start - first_position,
         key_end=start,
-        clean_row=inside,
-        targets=at(batch.next_tokens, inside),
-        is_target=in_document & at(_carries_loss(batch, policy), inside),
+        clean_row=index,
+        targets=at(batch.next_tokens, index),
+        is_target=exists.reshape(shape) & at(carries_loss, index),
         left_out=left_out,
     )

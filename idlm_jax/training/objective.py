@@ -1,4 +1,4 @@
-"""What a training step minimises: CE_noisy (or a soft loss) + α · CE_clean over two streams (method.md 2.4, design.md 6)."""
+"""What a step minimises: CE_noisy (or a soft loss) + α · CE_clean over two streams (method.md 2.4, design.md 6)."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -12,9 +12,12 @@ from idlm_jax.training.groups import Batch, GroupPolicy, NoisyRows, draw_groups
 from idlm_jax.training.two_stream import clean_stream, noisy_stream
 from pallas_kernels.linear_cross_entropy.reference import ROW_LOSSES, SOFT_LOSSES, RowFunction, map_rows
 
-# ar: next-token loss alone. full: all weights, both streams. lora: an adapter on both streams (official). gated-lora: an
-# adapter on the noisy stream only, so that the clean stream is the frozen base model.
+# ar: next-token loss alone. full: all weights, both streams. lora: an adapter on both streams (official). gated-lora:
+# an adapter on the noisy stream only, so that the clean stream is the frozen base model.
 MODES = ("ar", "full", "lora", "gated-lora")
+# Which rows carry the noisy loss: those whose own token is masked (official), or also the prompt's last row, which
+# predicts the first token of the answer (NeMo; method.md 2.4).
+NOISY_TARGETS = ("masked", "answer")
 # Guards the ratio of auto-balance (method.md 2.4).
 _BALANCE_EPSILON = 1e-8
 
@@ -32,6 +35,7 @@ class Objective:
     # True: every document counts the same, its noisy rows summed and divided by its number of learnt tokens (the
     # official code, with aligned starts). False: every row counts the same.
     by_document: bool = False
+    noisy_targets: str = "masked"
     # Learn every token, prompts too, instead of those of the loss mask.
     learn_prompts: bool = False
     # Rows of each sequence whose logits are held at a time.
@@ -71,18 +75,21 @@ def training_loss(
         batch = replace(batch, loss_mask=batch.segment_ids > 0)
     clean_adapter_from = 0 if objective.mode == "lora" else None
     clean_hidden, states = clean_stream(model, batch, clean_adapter_from, objective.attention)
-    clean = jnp.float32(0)
+    clean, clean_rows = jnp.float32(0), jnp.int32(0)
     if objective.has_clean_loss:
-        rows = _row_losses("ce", clean_hidden, head, batch.next_tokens, None, objective)
-        clean = jnp.sum(_clean_weights(batch, objective) * rows)
-    clean_rows = jnp.sum(batch.clean_targets) if objective.has_clean_loss else jnp.int32(0)
+        clean_losses = _row_losses("ce", clean_hidden, head, batch.next_tokens, None, objective)
+        clean = jnp.sum(_clean_weights(batch, objective) * clean_losses)
+        clean_rows = jnp.sum(batch.clean_targets)
     if objective.mode == "ar":
         nothing = jnp.int32(0)
         return Losses(clean, jnp.float32(0), clean, jnp.zeros(0), nothing, clean_rows, nothing)
 
     noisy_rows, row_losses = noisy_losses(model, batch, objective, key, clean_hidden, states, head)
-    noisy = jnp.sum(_noisy_weights(batch, noisy_rows, objective) * row_losses)
+    noisy_weights, first_weights = _noisy_weights(batch, noisy_rows, objective)
+    noisy = jnp.sum(noisy_weights * row_losses)
     if objective.has_clean_loss:
+        # The prompt's last row sees the same in both streams, so its noisy loss is its clean one.
+        noisy += jnp.sum(first_weights * clean_losses)
         balance = jax.lax.stop_gradient(noisy) / (jax.lax.stop_gradient(clean) + _BALANCE_EPSILON)
         total = noisy + (balance if objective.clean_weight is None else objective.clean_weight) * clean
     else:
@@ -142,12 +149,18 @@ def _clean_weights(batch: Batch, objective: Objective) -> Float[Array, "B L"]:
     return targets / jnp.maximum(_document_sum(batch, targets), 1) / _documents(batch)
 
 
-def _noisy_weights(batch: Batch, rows: NoisyRows, objective: Objective) -> Float[Array, "B R"]:
+def _noisy_weights(
+    batch: Batch, rows: NoisyRows, objective: Objective
+) -> tuple[Float[Array, "B R"], Float[Array, "B L"]]:
+    """Weights of the noisy rows, and of clean rows that count as noisy ones."""
     targets = rows.is_target.astype(jnp.float32)
+    also = objective.noisy_targets == "answer" and objective.has_clean_loss
+    firsts = (batch.clean_targets & ~batch.loss_mask & also).astype(jnp.float32)
     if not objective.by_document:
-        return targets / jnp.maximum(jnp.sum(targets), 1)
-    learnt = _document_sum(batch, batch.loss_mask.astype(jnp.float32))
-    return targets / jnp.maximum(jnp.take_along_axis(learnt, rows.clean_row, axis=1), 1) / _documents(batch)
+        count = jnp.maximum(jnp.sum(targets) + jnp.sum(firsts), 1)
+        return targets / count, firsts / count
+    weight = 1 / jnp.maximum(_document_sum(batch, batch.loss_mask.astype(jnp.float32)), 1) / _documents(batch)
+    return targets * jnp.take_along_axis(weight, rows.clean_row, axis=1), firsts * weight
 
 
 def _documents(batch: Batch) -> Float[Array, ""]:

@@ -6,7 +6,6 @@ layer, to the noisy pass.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 

@@ -1,0 +1,161 @@
+"""How often drafts would be accepted: introspective acceptance by depth, and the tokens a forward that follow from it.
+
+Measured on given text by one two-stream pass: p is the clean row's distribution, q the mask row's for the same token
+(method.md 6.1, 6.2). Σ min(p, q) is the probability that a sampled draft is accepted, whichever exact coupling is used.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from idlm_jax.training.groups import Batch, GroupPolicy, draw_groups
+from idlm_jax.training.params import Flat, ModelBuilder
+from idlm_jax.training.two_stream import clean_stream, noisy_stream
+from pallas_kernels.linear_cross_entropy.reference import cross_entropy, map_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sums:
+    """Sums over rows, kept on the device; temperatures as given, greedy (agreement of the two argmaxes) last."""
+
+    # Acceptance of rows at each depth, the product over a group's first k rows, and the numbers of rows and groups.
+    accepted: Float[Array, "T block"]
+    prefix: Float[Array, "T block"]
+    rows: Float[Array, " block"]
+    groups: Float[Array, " block"]
+    # −log p of the learnt tokens, in nats, and their number.
+    clean_loss: Float[Array, ""]
+    clean_rows: Float[Array, ""]
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Acceptance at one temperature (0: greedy)."""
+
+    temperature: float
+    # α_k: the mean chance that the draft at depth k is accepted, given that those before it were.
+    by_depth: tuple[float, ...]
+    # P_k: the chance that the first k drafts are all accepted.
+    prefix: tuple[float, ...]
+
+    def tokens_per_forward(self, stride: int, layout: str) -> float:
+        """TPF of a stride up to block_size + 1 that follows from P_k (method.md 6.2; branch: design.md 7)."""
+        prefix = self.prefix[: stride - 1]
+        if layout == "branch":
+            return 1 + sum(prefix)
+        return (2 + sum(prefix[:-1])) / (2 - prefix[-1])
+
+
+@dataclass(frozen=True)
+class AcceptanceReport:
+    """What ``idlm eval acceptance`` measures."""
+
+    temperatures: tuple[Acceptance, ...]
+    # Mean −log p of the learnt tokens on the clean stream, in nats, and its exponential.
+    clean_loss: float
+    perplexity: float
+    rows: int
+    tokens: int
+
+
+def measure(
+    builder: ModelBuilder,
+    params: Flat,
+    batches: Iterable[Batch],
+    block_size: int,
+    *,
+    gated: bool = True,
+    temperatures: Sequence[float] = (1.0,),
+    density: float = 1.0,
+    seed: int = 0,
+    attention: str = "auto",
+    chunk: int = 256,
+) -> AcceptanceReport:
+    """Acceptance over all batches, at random group starts; greedy is always measured too (temperature 0).
+
+    ``gated``: an adapter acts on mask rows only, as in decoding with a gated adapter.
+    """
+    step = jax.jit(
+        partial(
+            _batch_sums,
+            builder=builder,
+            policy=GroupPolicy(block_size, "random", density),
+            gated=gated,
+            temperatures=tuple(temperatures),
+            attention=attention,
+            chunk=chunk,
+        )
+    )
+    total: Sums | None = None
+    key = jax.random.key(seed)
+    for i, batch in enumerate(batches):
+        sums = step(params, batch, jax.random.fold_in(key, i))
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    assert total is not None, "no batches"
+    return _report(jax.device_get(total), (*temperatures, 0.0))
+
+
+def _batch_sums(
+    params: Flat,
+    batch: Batch,
+    key: Array,
+    *,
+    builder: ModelBuilder,
+    policy: GroupPolicy,
+    gated: bool,
+    temperatures: tuple[float, ...],
+    attention: str,
+    chunk: int,
+) -> Sums:
+    model, mask_token_id = builder.build(params), builder.config.mask_token_id
+    assert mask_token_id is not None
+    has_adapter = builder.adapter is not None
+    clean_hidden, states = clean_stream(model, batch, 0 if has_adapter and not gated else None, attention)
+    rows = draw_groups(batch, policy, mask_token_id, key)
+    noisy_hidden = noisy_stream(model, rows, states, policy.block_size, 0 if has_adapter else None, attention)
+    teacher = jnp.take_along_axis(clean_hidden, rows.clean_row[:, :, None], axis=1)
+
+    def compare(logits: Array, teacher: Array, target: Int[Array, "B R"]) -> list[Float[Array, "B R"]]:
+        # The decoder never emits the mask token, so neither distribution has it.
+        no_mask = jnp.where(jnp.arange(logits.shape[-1]) == mask_token_id, -jnp.inf, 0.0)
+        q, p = logits + no_mask, teacher + no_mask
+        accepted = [jnp.sum(jnp.minimum(jax.nn.softmax(p / t), jax.nn.softmax(q / t)), axis=-1) for t in temperatures]
+        return [*accepted, (jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)).astype(jnp.float32)]
+
+    head = builder.head(params)
+    accepted_TBR = jnp.stack(map_rows(compare, noisy_hidden, head, rows.targets, teacher, chunk))
+    groups = (accepted_TBR.shape[0], *rows.targets.shape[:1], -1, policy.block_size)
+    accepted, is_target = accepted_TBR.reshape(groups), rows.is_target.reshape(groups[1:]).astype(jnp.float32)
+    whole = jnp.cumprod(is_target, axis=-1)
+    clean = map_rows(cross_entropy, clean_hidden, head, batch.next_tokens, None, chunk)
+    clean_targets = batch.clean_targets.astype(jnp.float32)
+    return Sums(
+        accepted=jnp.sum(accepted * is_target, axis=(1, 2)),
+        prefix=jnp.sum(jnp.cumprod(accepted, axis=-1) * whole, axis=(1, 2)),
+        rows=jnp.sum(is_target, axis=(0, 1)),
+        groups=jnp.sum(whole, axis=(0, 1)),
+        clean_loss=jnp.sum(clean * clean_targets),
+        clean_rows=jnp.sum(clean_targets),
+    )
+
+
+def _report(sums: Sums, temperatures: tuple[float, ...]) -> AcceptanceReport:
+    by_depth = np.asarray(sums.accepted) / np.maximum(np.asarray(sums.rows), 1)
+    prefix = np.asarray(sums.prefix) / np.maximum(np.asarray(sums.groups), 1)
+    clean_loss = float(sums.clean_loss) / max(float(sums.clean_rows), 1)
+    return AcceptanceReport(
+        temperatures=tuple(
+            Acceptance(temperature, tuple(map(float, by_depth[i])), tuple(map(float, prefix[i])))
+            for i, temperature in enumerate(temperatures)
+        ),
+        clean_loss=clean_loss,
+        perplexity=float(np.exp(clean_loss)),
+        rows=int(np.sum(sums.rows)),
+        tokens=int(sums.clean_rows),
+    )

@@ -1,0 +1,141 @@
+"""The weights of a run as flat dicts from dotted names to arrays: what is trained, what is frozen, and where each lies.
+
+Layers are stacked (design.md 5). Names are those of the weight table without the layer number, and
+``adapter.layers.<module>.<projection>.a`` / ``.b`` and ``adapter.mask_embedding``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from idlm_jax.backbone.adapter import Adapter, AdapterConfig, init_adapter
+from idlm_jax.backbone.qwen3 import Qwen3, Remat
+from idlm_jax.backbone.sharding import ShardingRules
+from idlm_jax.backbone.weights import Params, Weight, build_params, stack_layers
+from idlm_jax.config import ModelConfig
+from idlm_jax.errors import UserError, did_you_mean
+
+Flat = dict[str, Array]
+ADAPTER = "adapter"
+MASK_EMBEDDING = f"{ADAPTER}.mask_embedding"
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts to dotted names."""
+    flat: dict[str, Any] = {}
+    for name, node in tree.items():
+        flat |= flatten(node, f"{prefix}{name}.") if isinstance(node, Mapping) else {prefix + name: node}
+    return flat
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted names to nested dicts."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+@dataclass(frozen=True)
+class ModelBuilder:
+    """How the weights of a run become a model; static."""
+
+    config: ModelConfig
+    adapter: AdapterConfig | None = None
+    dtype: str = "bfloat16"
+    remat: Remat = Remat.BLOCK
+
+    def build(self, params: Flat) -> Qwen3:
+        """The model in the dtype of computation."""
+        tree = nest({name: array.astype(self.dtype) for name, array in params.items()})
+        adapter = tree.pop(ADAPTER, None)
+        loaded = Adapter(self.adapter, adapter) if self.adapter and adapter else None
+        return Qwen3(self.config, tree, loaded, self.remat)
+
+    def head(self, params: Flat) -> Float[Array, "V D"]:
+        """The output head in the dtype it is kept in."""
+        if self.config.tie_word_embeddings:
+            return params["embed_tokens.embedding"]
+        return params["lm_head.kernel"].T
+
+    def shardings(self, mesh: Mesh, rules: ShardingRules | None = None) -> dict[str, NamedSharding]:
+        """Where every weight of the model and its adapter lies."""
+        rules = rules or ShardingRules()
+        specs = flatten(_stacked_specs(build_params(self.config, lambda weight: rules.spec(weight, mesh))))
+        if self.adapter:
+            layers = rules.adapter_specs(self.config, self.adapter, mesh)
+            specs |= flatten({ADAPTER: {"layers": layers, "mask_embedding": PartitionSpec(None)}})
+        return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+
+
+def _stacked_specs(specs: Params) -> Params:
+    layer = flatten(specs["layers"][0])
+    return {**specs, "layers": nest({name: PartitionSpec(None, *spec) for name, spec in layer.items()})}
+
+
+def weight_placement(mesh: Mesh, rules: ShardingRules | None = None) -> Callable[[Weight], NamedSharding]:
+    """Where each tensor of a checkpoint is loaded, before layers are stacked."""
+    rules = rules or ShardingRules()
+    return lambda weight: NamedSharding(mesh, rules.spec(weight, mesh))
+
+
+def flat_base(params: Params) -> Flat:
+    """The flat, stacked weights of a loaded (unstacked) model; its layers are taken apart on the way."""
+    return flatten(stack_layers(params))
+
+
+def fresh_adapter(builder: ModelBuilder, embedding: Float[Array, "V D"], key: Array) -> Flat:
+    """A new adapter in float32: A as PEFT draws it, B zero, and as mask embedding the mean of all embeddings."""
+    assert builder.adapter is not None
+    params = init_adapter(builder.config, builder.adapter, key, jnp.float32).params
+    mean = jnp.mean(embedding.astype(jnp.float32), axis=0)
+    return flat_adapter({**params, "mask_embedding": mean})
+
+
+def flat_adapter(params: Params) -> Flat:
+    """The flat, stacked float32 weights of an adapter whose layers are a list."""
+    stacked = stack_layers({**params, "layers": list(params["layers"])})
+    return {name: jnp.asarray(array, jnp.float32) for name, array in flatten({ADAPTER: stacked}).items()}
+
+
+def split_trained(
+    params: Flat, mode: str, freeze: Sequence[str], dtype: str, names_from: str = "freeze"
+) -> tuple[Flat, Flat]:
+    """(trained in float32, frozen in ``dtype``): in LoRA modes the adapter is trained, else the model.
+
+    ``freeze`` holds patterns (``layers.mlp.*``) of weights that stay as they are. Raises UserError for a pattern that
+    matches nothing, and when nothing is left to train.
+    """
+    candidates = [name for name in params if name.startswith(f"{ADAPTER}.") == mode.endswith("lora")]
+    for pattern in freeze:
+        if not any(fnmatchcase(name, pattern) for name in candidates):
+            raise UserError(f"{names_from}: '{pattern}' matches no trained weight{did_you_mean(pattern, candidates)}")
+    trained = {n for n in candidates if not any(fnmatchcase(n, pattern) for pattern in freeze)}
+    if not trained:
+        raise UserError(f"{names_from}: nothing is left to train")
+    return (
+        {name: params[name].astype(jnp.float32) for name in sorted(trained)},
+        {name: params[name].astype(dtype) for name in sorted(set(params) - trained)},
+    )
+
+
+def parameter_rows(trained: Flat, frozen: Flat) -> list[tuple[str, tuple[int, ...], str, int, bool]]:
+    """(name, shape, dtype, bytes on one device, trained) of every weight, for ``--dry-run``."""
+    rows = []
+    for flat, is_trained in ((trained, True), (frozen, False)):
+        for name, array in flat.items():
+            shape = tuple(array.sharding.shard_shape(array.shape)) if array.sharding else array.shape
+            size = array.dtype.itemsize
+            for dim in shape:
+                size *= dim
+            rows.append((name, tuple(array.shape), str(array.dtype), size, is_trained))
+    return rows
