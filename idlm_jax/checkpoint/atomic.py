@@ -1,4 +1,4 @@
-"""A new directory appears whole or not at all: written under a temporary name beside its target, then renamed."""
+"""Directories and files appear whole or not at all: written under a temporary name beside the target, then renamed."""
 
 import errno
 import os
@@ -42,6 +42,18 @@ def new_directory(target: Path, size: int, overwrite: bool = False, source: Path
             ) from None
         if isinstance(error, PermissionError):
             raise UserError(f"{target}: cannot write here: {error.strerror}") from None
+        raise
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file that is there whole or, if the process ends meanwhile, as it was before."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
         raise
 
 
