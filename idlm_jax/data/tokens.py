@@ -60,9 +60,9 @@ class TokenStore:
         """Open a store; raises UserError for one that is missing, damaged, of another version, or empty."""
         path = Path(path).expanduser()
         if not (path / MANIFEST).is_file():
-            raise UserError(
-                f"{path}: no token store here (no {MANIFEST}); `idlm data prepare` makes one{_partial(path)}"
-            )
+            unfinished = f"the write in {partial_path(path)} is not finished"
+            advice = unfinished if partial_path(path).is_dir() else "`idlm data prepare` makes one"
+            raise UserError(f"{path}: no token store here (no {MANIFEST}); {advice}")
         metadata = _check_manifest(read_json(path / MANIFEST), path)
         counts = metadata["counts"]
         context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
@@ -132,7 +132,7 @@ class TokenStoreWriter:
         settings or is being written, and a place that cannot be written to.
         """
         self.target = Path(os.path.abspath(Path(target).expanduser()))
-        self.partial = self.target.with_name(self.target.name + ".partial")
+        self.partial = partial_path(self.target)
         if self.target.exists() or self.target.is_symlink():
             raise UserError(f"{self.target} exists already; give another target")
         identity = {"vocab_size": vocab_size, "tokenizer_hash": tokenizer_hash, "settings": dict(settings)}
@@ -206,7 +206,7 @@ class TokenStoreWriter:
             counts["documents"] += len(self._buffer)
             counts["tokens"] += len(tokens)
             counts["target_tokens"] += int(loss_mask.sum())
-        self._save_progress(counts, dict(state))
+        self._save_progress(counts, json.loads(json.dumps(dict(state))))
         self._buffer.clear()
 
     def finish(self, metadata: Mapping[str, Any]) -> None:
@@ -314,6 +314,11 @@ class TokenStoreWriter:
         return UserError(f"{self.target}: {reason}; {kept}, mend that and run the command again")
 
 
+def partial_path(target: Path) -> Path:
+    """Where an unfinished store lies."""
+    return target.with_name(target.name + ".partial")
+
+
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     """SHA-256 of the canonical tokenizer.json; raises UserError for a tokenizer of no such form."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -390,11 +395,6 @@ def _damaged(path: Path, reason: Exception | str) -> UserError:
 
 def _one_line(reason: Exception | str) -> str:
     return " ".join(str(reason).split())[:200] or type(reason).__name__
-
-
-def _partial(path: Path) -> str:
-    partial = path.with_name(path.name + ".partial")
-    return f"; the write in {partial} is not finished" if partial.is_dir() else ""
 
 
 def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
