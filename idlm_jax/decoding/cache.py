@@ -2,7 +2,13 @@
 
 A token's slot is its position. A round writes its W rows into slots length … length + W - 1 in row order; clean rows
 come first, so the accepted ones already lie where they belong, and the rest is overwritten by the next round.
+
+A round reads every slot, used or not. A batch whose requests differ in length may therefore keep several pairs a layer,
+*pools* of consecutive requests with as many slots each as they need.
 """
+
+from collections.abc import Sequence
+from itertools import batched
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +18,8 @@ from idlm_jax.backbone.qwen3 import Attend
 from idlm_jax.config import ModelConfig
 from pallas_kernels.decode_attention.reference import window_attention
 
-LayerCache = tuple[Float[Array, "B K S d"], Float[Array, "B K S d"]]
+# Keys and values, of each pool in turn.
+LayerCache = tuple[Float[Array, "B K S d"], ...]
 Cache = tuple[LayerCache, ...]
 
 # The smallest cache, prefill chunk and output buffer; larger ones double, so that few programs are compiled.
@@ -25,9 +32,18 @@ def bucket(length: int) -> int:
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """An empty cache."""
-    shape = (batch, config.num_key_value_heads, slots, config.head_dim)
-    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers))
+    """An empty cache of one pool."""
+    return init_pools(config, [(batch, slots)], dtype)
+
+
+def init_pools(config: ModelConfig, pools: Sequence[tuple[int, int]], dtype: jnp.dtype) -> Cache:
+    """An empty cache of (requests, slots each) pools."""
+    heads, size = config.num_key_value_heads, config.head_dim
+
+    def layer() -> LayerCache:
+        return tuple(jnp.zeros((batch, heads, slots, size), dtype) for batch, slots in pools for _ in ("k", "v"))
+
+    return tuple(layer() for _ in range(config.num_hidden_layers))
 
 
 def cache_bytes(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> int:
@@ -55,7 +71,13 @@ def cached_attention(length_B: Int[Array, " B"], mask_BWW: Bool[Array, "B W W"])
     """Attention of a window over a cache: store the window's keys and values, then attend to prefix and window."""
 
     def attend(q: Array, k: Array, v: Array, state: LayerCache) -> tuple[Array, LayerCache]:
-        keys, values = write_rows(state[0], k, length_B), write_rows(state[1], v, length_B)
-        return window_attention(q, keys, values, length_B, mask_BWW), (keys, values)
+        outputs, stored, first = [], [], 0
+        for keys, values in batched(state, 2):
+            pool = slice(first, first + keys.shape[0])
+            first = pool.stop
+            keys, values = (write_rows(old, new[pool], length_B[pool]) for old, new in ((keys, k), (values, v)))
+            outputs.append(window_attention(q[pool], keys, values, length_B[pool], mask_BWW[pool]))
+            stored += [keys, values]
+        return jnp.concatenate(outputs), tuple(stored)
 
     return attend

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from idlm_jax.backbone.qwen3 import Qwen3
-from idlm_jax.decoding.cache import bucket, init_cache
+from idlm_jax.decoding.cache import Cache, bucket, init_pools
 from idlm_jax.decoding.sampling import Drafts, Filters
 from idlm_jax.decoding.step import DecodeState, Policy, decode_rounds, prefill_chunk
 from idlm_jax.decoding.window import window_rows
@@ -167,30 +168,57 @@ def start(
     tokens = np.zeros((batch, chunks * chunk), np.int32)
     for row, prompt in zip(tokens, prompts, strict=False):
         row[: len(prompt) - 1] = prompt[:-1]
-    cache = init_cache(model.config, batch, slots, model.dtype)
-    for i in range(chunks):
-        part = jnp.asarray(tokens[:, i * chunk : (i + 1) * chunk])
-        cache = _prefill_chunk(model, cache, part, i * chunk, None if policy.gated else 0)
-
-    depth = policy.stride - 1
-    log_q = jnp.zeros((batch, depth, model.config.vocab_size)) if policy.coupling.stores_q else None
-    capacity = bucket(int(max_tokens.max()) + policy.stride)
+    room = bucket(int(max_tokens.max()) + policy.stride)
+    eos = _end_tokens(model, sampling, spare)
+    state = idle_state(model, policy, [(batch, slots)], room, eos.shape[1])
     pending = [prompt[-1] for prompt in prompts] + [0] * spare
-    return DecodeState(
-        cache=cache,
+    return replace(
+        state,
+        cache=prefill(model, state.cache, tokens, policy),
         length=jnp.asarray(lengths),
         pending=jnp.asarray(pending, jnp.int32),
-        drafts=Drafts(jnp.zeros((batch, depth), jnp.int32), log_q),
-        warm=jnp.zeros(batch, bool),
-        tokens=jnp.zeros((batch, capacity), jnp.int32),
-        emitted=jnp.zeros(batch, jnp.int32),
-        history=jnp.zeros((batch, capacity), jnp.int32),
-        rounds=jnp.zeros(batch, jnp.int32),
         done=jnp.arange(batch) >= len(prompts),
         filters=_filters(sampling, spare),
         max_tokens=jnp.asarray(max_tokens),
-        eos=_end_tokens(model.config.eos_token_ids, sampling, spare),
+        eos=eos,
     )
+
+
+def idle_state(
+    model: Qwen3, policy: Policy, pools: Sequence[tuple[int, int]], room: int, end_tokens: int
+) -> DecodeState:
+    """A batch of requests that are all done: pools of (requests, cache slots), room for emitted and end tokens each."""
+    batch = sum(requests for requests, _ in pools)
+    depth = policy.stride - 1
+    log_q = jnp.zeros((batch, depth, model.config.vocab_size)) if policy.coupling.stores_q else None
+    return DecodeState(
+        cache=init_pools(model.config, pools, model.dtype),
+        slots=jnp.asarray([slots for requests, slots in pools for _ in range(requests)], jnp.int32),
+        length=jnp.zeros(batch, jnp.int32),
+        pending=jnp.zeros(batch, jnp.int32),
+        drafts=Drafts(jnp.zeros((batch, depth), jnp.int32), log_q),
+        warm=jnp.zeros(batch, bool),
+        tokens=jnp.zeros((batch, room), jnp.int32),
+        emitted=jnp.zeros(batch, jnp.int32),
+        history=jnp.zeros((batch, room), jnp.int32),
+        rounds=jnp.zeros(batch, jnp.int32),
+        done=jnp.ones(batch, bool),
+        filters=_filters([], batch),
+        max_tokens=jnp.zeros(batch, jnp.int32),
+        eos=jnp.full((batch, end_tokens), -1, jnp.int32),
+    )
+
+
+def prefill(model: Qwen3, cache: Cache, tokens: Int[np.ndarray, "B L"], policy: Policy) -> Cache:
+    """Store the keys and values of padded prompts from slot 0 on; ``cache`` is donated.
+
+    More than PREFILL_CHUNK tokens must be a multiple of it, and the cache must have room for all, padding included.
+    """
+    chunk = min(PREFILL_CHUNK, max(tokens.shape[1], 1))
+    for first in range(0, tokens.shape[1], chunk):
+        part = jnp.asarray(tokens[:, first : first + chunk])
+        cache = _prefill_chunk(model, cache, part, first, None if policy.gated else 0)
+    return cache
 
 
 def _filters(sampling: Sequence[SamplingParams], spare: int) -> Filters:
@@ -204,8 +232,13 @@ def _filters(sampling: Sequence[SamplingParams], spare: int) -> Filters:
     )
 
 
-def _end_tokens(model_eos: tuple[int, ...], sampling: Sequence[SamplingParams], spare: int) -> jax.Array:
-    ends = [(() if params.ignore_eos else model_eos) + params.stop_token_ids for params in sampling] + [()] * spare
+def end_tokens(model: Qwen3, sampling: SamplingParams) -> tuple[int, ...]:
+    """The tokens that end a request's text."""
+    return (() if sampling.ignore_eos else model.config.eos_token_ids) + sampling.stop_token_ids
+
+
+def _end_tokens(model: Qwen3, sampling: Sequence[SamplingParams], spare: int) -> jax.Array:
+    ends = [end_tokens(model, params) for params in sampling] + [()] * spare
     # A few fixed widths, so that requests with other end tokens reuse the compiled program.
     width = max(4, 1 << (max(map(len, ends)) - 1).bit_length())
     return jnp.asarray([[*end, *[-1] * (width - len(end))] for end in ends], jnp.int32)

@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 # What a piece of noise is for; no two uses share bits.
 PURPOSE_TOKEN, PURPOSE_ACCEPT, PURPOSE_DRAFT = range(3)
+# Lower than every float32 number in the order of ``_ordered``.
+_LOWEST = jnp.iinfo(jnp.int32).min
 
 
 @jax.tree_util.register_dataclass
@@ -36,31 +38,41 @@ def filtered_log_probs(logits_BRV: Float[Array, "B R V"], filters: Filters) -> F
     temperature = filters.temperature[:, None, None]
     greedy = temperature == 0
     scaled = logits_BRV.astype(jnp.float32) / jnp.where(greedy, 1.0, temperature)
+    # The branch returns a threshold a row, not the row: the array over the vocabulary stays where it is, unused filters
+    # cost nothing, and used ones become part of the kernels that follow.
     filtering = jnp.any((filters.top_k > 0) | (filters.top_p < 1))
-    scaled = jax.lax.cond(filtering, lambda: _keep_top(scaled, filters), lambda: scaled)
+    everything = jnp.full((*scaled.shape[:2], 1), _LOWEST)
+    threshold = jax.lax.cond(filtering, lambda: _lowest_kept(scaled, filters), lambda: everything)
+    scaled = jnp.where(_ordered(scaled) >= threshold, scaled, -jnp.inf)
     best = jnp.argmax(logits_BRV, axis=-1, keepdims=True) == jnp.arange(logits_BRV.shape[-1])
     return jnp.where(greedy, jnp.where(best, 0.0, -jnp.inf), jax.nn.log_softmax(scaled, axis=-1))
 
 
-def _keep_top(scaled: Float[Array, "B R V"], filters: Filters) -> Float[Array, "B R V"]:
-    """Top-k, then top-p; sort-free: each threshold is found by bisection over the float32 numbers themselves."""
+def _lowest_kept(scaled: Float[Array, "B R V"], filters: Filters) -> Int[Array, "B R 1"]:
+    """Top-k, then top-p: the lowest value that both keep, in the order of ``_ordered``."""
     top_k, top_p = filters.top_k[:, None, None], filters.top_p[:, None, None]
-    kept_k = _at_least(scaled, jnp.ones_like(scaled), top_k.astype(jnp.float32)) | (top_k == 0)
-    scaled = jnp.where(kept_k, scaled, -jnp.inf)
-    kept_p = _at_least(scaled, jax.nn.softmax(scaled, axis=-1), top_p) | (top_p >= 1)
-    return jnp.where(kept_p, scaled, -jnp.inf)
+    lowest_k = _threshold(scaled, jnp.ones_like(scaled), top_k.astype(jnp.float32))
+    lowest_k = jnp.where(top_k == 0, _LOWEST, lowest_k)
+    left = jnp.where(_ordered(scaled) >= lowest_k, scaled, -jnp.inf)
+    lowest_p = _threshold(left, jax.nn.softmax(left, axis=-1), top_p)
+    return jnp.maximum(lowest_k, jnp.where(top_p >= 1, _LOWEST, lowest_p))
 
 
-def _at_least(
-    values: Float[Array, "*rows V"], weights: Float[Array, "*rows V"], target: Float[Array, "*rows 1"]
-) -> Bool[Array, "*rows V"]:
-    """The largest values whose weights add up to ``target`` at least, ties with the smallest of them included.
-
-    Bisects over float32 mapped to integers of the same order: 32 reductions give the exact threshold, and a reduction
-    is far cheaper than a sort of a 150,000-token row.
-    """
+def _ordered(values: Float[Array, "*rows V"]) -> Int[Array, "*rows V"]:
+    """Float32 mapped to integers of the same order."""
     bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.int32)  # -0 and +0 are a tie
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _threshold(
+    values: Float[Array, "*rows V"], weights: Float[Array, "*rows V"], target: Float[Array, "*rows 1"]
+) -> Int[Array, "*rows 1"]:
+    """The largest number such that the values from it on have weights that add up to ``target`` at least.
+
+    Sort-free: bisects over the float32 numbers themselves, as ``_ordered`` integers. 32 reductions give the exact
+    threshold, and a reduction is far cheaper than a sort of a 150,000-token row.
+    """
+    ordered = _ordered(values)
 
     def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
@@ -68,10 +80,9 @@ def _at_least(
         enough = jnp.sum(jnp.where(ordered >= middle, weights, 0), axis=-1, keepdims=True) >= target
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
 
-    extremes = jnp.iinfo(jnp.int32)
-    low = jnp.full_like(ordered[..., :1], extremes.min)
-    threshold, _ = jax.lax.fori_loop(0, 32, halve, (low, jnp.full_like(low, extremes.max)))
-    return ordered >= threshold
+    low = jnp.full_like(ordered[..., :1], _LOWEST)
+    threshold, _ = jax.lax.fori_loop(0, 32, halve, (low, jnp.full_like(low, jnp.iinfo(jnp.int32).max)))
+    return threshold
 
 
 def _keys(key_B: Key[Array, " B"], position_BR: Int[Array, "B R"], purpose: int) -> Key[Array, "B R"]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Int
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.decoding.cache import Cache, cached_attention
 from idlm_jax.decoding.sampling import Coupling, Drafts, Filters, filtered_log_probs
-from idlm_jax.decoding.window import Layout, build_window
+from idlm_jax.decoding.window import Layout, build_window, window_rows
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class DecodeState:
 
     # Keys and values of committed tokens: slots 0 … length - 1 of every request.
     cache: Cache
+    # Cache slots the request may use. Where a round's window would not fit, the request waits, unchanged.
+    slots: Int[Array, " B"]
     length: Int[Array, " B"]
     # Last emitted token, whose keys and values are not stored yet (at the start: the last prompt token).
     pending: Int[Array, " B"]
@@ -96,10 +98,21 @@ def decode_round(model: Qwen3, state: DecodeState, policy: Policy) -> DecodeStat
         drafts=drafts,
         warm=policy.layout.next_warm(state.warm, accepted, stride),
     )
-    return _emit(state, after, accepted, token)
+    return _emit(state, after, accepted, token, running(state, policy))
 
 
-def _emit(before: DecodeState, after: DecodeState, accepted: Int[Array, " B"], token: Int[Array, " B"]) -> DecodeState:
+def running(state: DecodeState, policy: Policy) -> Bool[Array, " B"]:
+    """Which requests take part in the next round: those that are not done and have cache slots for its window."""
+    return ~state.done & (state.length + window_rows(policy.layout, policy.stride) <= state.slots)
+
+
+def _emit(
+    before: DecodeState,
+    after: DecodeState,
+    accepted: Int[Array, " B"],
+    token: Int[Array, " B"],
+    active: Bool[Array, " B"],
+) -> DecodeState:
     """Append the accepted drafts and the next token, up to the first end token or the request's limit."""
     depth = before.drafts.tokens.shape[1]
     k = jnp.arange(depth + 1)
@@ -111,7 +124,6 @@ def _emit(before: DecodeState, after: DecodeState, accepted: Int[Array, " B"], t
     count = jnp.minimum(jnp.minimum(accepted + 1, until_end), room)
     finished = jnp.any(ends, axis=1) | (count == room)
 
-    active = ~before.done
     outcome = jnp.where(before.warm, accepted, -1)
     append = jax.vmap(lambda row, values, start: jax.lax.dynamic_update_slice(row, values, (start,)))
     emitted = replace(
@@ -120,23 +132,26 @@ def _emit(before: DecodeState, after: DecodeState, accepted: Int[Array, " B"], t
         emitted=before.emitted + jnp.where(active, count, 0),
         history=append(before.history, outcome[:, None], before.rounds),
         rounds=before.rounds + active,
-        done=before.done | finished,
+        done=before.done | (active & finished),
     )
-    # A request that is done keeps its state; what it wrote beyond its length and counts is never read.
+    # A request that takes no part keeps its state; what it wrote beyond its length and counts is never read.
     return replace(
         emitted,
         length=jnp.where(active, after.length, before.length),
         pending=jnp.where(active, after.pending, before.pending),
         warm=jnp.where(active, after.warm, before.warm),
+        drafts=jax.tree.map(
+            lambda new, old: jnp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, old), after.drafts, before.drafts
+        ),
     )
 
 
 def decode_rounds(model: Qwen3, state: DecodeState, rounds: Int[Array, ""], policy: Policy) -> DecodeState:
-    """Up to ``rounds`` rounds, fewer if every request ends before."""
+    """Up to ``rounds`` rounds, fewer if every request ends or waits before."""
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Array:
         i, state = carry
-        return (i < rounds) & ~jnp.all(state.done)
+        return (i < rounds) & jnp.any(running(state, policy))
 
     def body(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         i, state = carry
