@@ -29,13 +29,19 @@ def split_axes(x: Array) -> tuple | None:
 def matmul(x: Float[Array, "*rows I"], kernel: Float[Array, "I O"]) -> Float[Array, "*rows O"]:
     """``x @ kernel`` in the dtype of ``x``; float32 inputs are multiplied in float32 on every platform.
 
-    Where the summed axis is split over devices (the second product of a tensor-parallel pair), the sum is whole on
-    each of them.
+    On a mesh the rows stay where they are: a kernel split over the mesh axes of the batch is gathered, and where the
+    summed axis is split (the second product of a tensor-parallel pair) the sum is whole on each device.
     """
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    axes = split_axes(x)
-    whole = None if axes is None or axes[-1] is None else PartitionSpec(*axes[:-1], None)
-    return jnp.matmul(x, kernel, precision=precision, out_sharding=whole)
+    return jnp.matmul(x, kernel, precision=precision, out_sharding=_product_sharding(x, kernel))
+
+
+def _product_sharding(x: Array, kernel: Array) -> PartitionSpec | None:
+    axes, kernel_axes = split_axes(x), split_axes(kernel)
+    if axes is None or kernel_axes is None:
+        return None
+    of_rows = jax.tree.leaves(axes[:-1])
+    return PartitionSpec(*axes[:-1], None if kernel_axes[-1] in of_rows else kernel_axes[-1])
 
 
 def rms_norm(x: Float[Array, "*rows D"], scale: Float[Array, "..."], epsilon: float) -> Float[Array, "*rows D"]:

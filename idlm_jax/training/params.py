@@ -4,7 +4,7 @@ Layers are stacked (design.md 5). Names are those of the weight table without th
 ``adapter.layers.<module>.<projection>.a`` / ``.b`` and ``adapter.mask_embedding``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from idlm_jax.backbone.adapter import Adapter, AdapterConfig, init_adapter
+from idlm_jax.backbone.adapter import Adapter, AdapterConfig, adapter_shapes, init_adapter
 from idlm_jax.backbone.qwen3 import Qwen3, Remat
 from idlm_jax.backbone.sharding import ShardingRules
-from idlm_jax.backbone.weights import Params, Weight, build_params, stack_layers
+from idlm_jax.backbone.weights import Params, build_params, stack_layers
 from idlm_jax.config import ModelConfig
 from idlm_jax.errors import UserError, did_you_mean
 
@@ -67,6 +67,18 @@ class ModelBuilder:
             return params["embed_tokens.embedding"]
         return params["lm_head.kernel"].T
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight of the model and its adapter."""
+        table = build_params(self.config, lambda weight: weight.shape)
+        layers = {name: (self.config.num_hidden_layers, *shape) for name, shape in flatten(table["layers"][0]).items()}
+        shapes = {**flatten({**table, "layers": {}}), **{f"layers.{name}": shape for name, shape in layers.items()}}
+        if self.adapter:
+            one = flatten(adapter_shapes(self.config, self.adapter)["layers"][0])
+            depth = self.config.num_hidden_layers
+            shapes |= {f"{ADAPTER}.layers.{name}": (depth, *shape) for name, shape in one.items()}
+            shapes[MASK_EMBEDDING] = (self.config.hidden_size,)
+        return shapes
+
     def shardings(self, mesh: Mesh, rules: ShardingRules | None = None) -> dict[str, NamedSharding]:
         """Where every weight of the model and its adapter lies."""
         rules = rules or ShardingRules()
@@ -82,15 +94,14 @@ def _stacked_specs(specs: Params) -> Params:
     return {**specs, "layers": nest({name: PartitionSpec(None, *spec) for name, spec in layer.items()})}
 
 
-def weight_placement(mesh: Mesh, rules: ShardingRules | None = None) -> Callable[[Weight], NamedSharding]:
-    """Where each tensor of a checkpoint is loaded, before layers are stacked."""
-    rules = rules or ShardingRules()
-    return lambda weight: NamedSharding(mesh, rules.spec(weight, mesh))
-
-
 def flat_base(params: Params) -> Flat:
-    """The flat, stacked weights of a loaded (unstacked) model; its layers are taken apart on the way."""
-    return flatten(stack_layers(params))
+    """The flat, stacked weights of a loaded (unstacked) model.
+
+    ``params`` is taken apart on the way, so that no more than one weight of all layers is held twice.
+    """
+    layers = [flatten(layer) for layer in params.pop("layers")]
+    stacked = {f"layers.{name}": jnp.stack([layer.pop(name) for layer in layers]) for name in list(layers[0])}
+    return {**flatten(params), **stacked}
 
 
 def fresh_adapter(builder: ModelBuilder, embedding: Float[Array, "V D"], key: Array) -> Flat:
@@ -107,35 +118,25 @@ def flat_adapter(params: Params) -> Flat:
     return {name: jnp.asarray(array, jnp.float32) for name, array in flatten({ADAPTER: stacked}).items()}
 
 
-def split_trained(
-    params: Flat, mode: str, freeze: Sequence[str], dtype: str, names_from: str = "freeze"
-) -> tuple[Flat, Flat]:
-    """(trained in float32, frozen in ``dtype``): in LoRA modes the adapter is trained, else the model.
-
-    ``freeze`` holds patterns (``layers.mlp.*``) of weights that stay as they are. Raises UserError for a pattern that
-    matches nothing, and when nothing is left to train.
-    """
-    candidates = [name for name in params if name.startswith(f"{ADAPTER}.") == mode.endswith("lora")]
-    for pattern in freeze:
-        if not any(fnmatchcase(name, pattern) for name in candidates):
-            raise UserError(f"{names_from}: '{pattern}' matches no trained weight{did_you_mean(pattern, candidates)}")
-    trained = {n for n in candidates if not any(fnmatchcase(n, pattern) for pattern in freeze)}
-    if not trained:
-        raise UserError(f"{names_from}: nothing is left to train")
+def split_trained(params: Flat, mode: str, freeze: Sequence[str], dtype: str) -> tuple[Flat, Flat]:
+    """(trained in float32, frozen in ``dtype``); see ``trained_names``."""
+    trained = trained_names(params, mode, freeze)
     return (
-        {name: params[name].astype(jnp.float32) for name in sorted(trained)},
-        {name: params[name].astype(dtype) for name in sorted(set(params) - trained)},
+        {name: params[name].astype(jnp.float32) for name in trained},
+        {name: array.astype(dtype) for name, array in sorted(params.items()) if name not in trained},
     )
 
 
-def parameter_rows(trained: Flat, frozen: Flat) -> list[tuple[str, tuple[int, ...], str, int, bool]]:
-    """(name, shape, dtype, bytes on one device, trained) of every weight, for ``--dry-run``."""
-    rows = []
-    for flat, is_trained in ((trained, True), (frozen, False)):
-        for name, array in flat.items():
-            shape = tuple(array.sharding.shard_shape(array.shape)) if array.sharding else array.shape
-            size = array.dtype.itemsize
-            for dim in shape:
-                size *= dim
-            rows.append((name, tuple(array.shape), str(array.dtype), size, is_trained))
-    return rows
+def trained_names(names: Iterable[str], mode: str, freeze: Sequence[str]) -> list[str]:
+    """What a run trains: in LoRA modes the adapter, else the model, but for what matches a pattern of ``freeze``.
+
+    Raises UserError for a pattern (``layers.mlp.*``) that matches nothing, and when nothing is left to train.
+    """
+    candidates = sorted(name for name in names if name.startswith(f"{ADAPTER}.") == mode.endswith("lora"))
+    for pattern in freeze:
+        if not any(fnmatchcase(name, pattern) for name in candidates):
+            raise UserError(f"freeze: '{pattern}' matches no trained weight{did_you_mean(pattern, candidates)}")
+    trained = [name for name in candidates if not any(fnmatchcase(name, pattern) for pattern in freeze)]
+    if not trained:
+        raise UserError("freeze: nothing is left to train")
+    return trained

@@ -1,6 +1,5 @@
 """One optimizer step: losses and gradients of a batch, in parts if asked for, and AdamW on float32 weights."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,9 +36,6 @@ class StepResult:
     gradient_norm: Float[Array, ""]
     # False: loss or gradient is not a number, and the state was left as it was.
     finite: Bool[Array, ""]
-
-
-TrainStep = Callable[[TrainState, Flat, Batch], tuple[TrainState, StepResult]]
 
 
 def objective_of(config: TrainConfig, stage: Stage) -> Objective:
@@ -99,7 +95,7 @@ def init_state(params: Flat, optimizer: optax.GradientTransformation) -> TrainSt
 
 def make_train_step(
     builder: ModelBuilder, objective: Objective, optimizer: optax.GradientTransformation, seed: int
-) -> TrainStep:
+) -> jax.stages.Wrapped:
     """The compiled step of one stage. It takes (state, frozen weights, batch); the state is donated.
 
     The batch has a leading axis of parts, whose gradients are averaged.

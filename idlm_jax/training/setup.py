@@ -1,0 +1,223 @@
+"""From a TrainConfig to what a run needs: mesh, weights, optimizer, data; checked before anything is spent."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from idlm_jax.backbone.adapter import Adapter, AdapterConfig
+from idlm_jax.backbone.qwen3 import Remat
+from idlm_jax.backbone.sharding import BATCH_AXES, MESH_AXES, weight_sharding
+from idlm_jax.checkpoint.open import load_params, open_source
+from idlm_jax.checkpoint.peft import load_adapter
+from idlm_jax.checkpoint.source import WeightSource, find_mask_token
+from idlm_jax.config import ModelConfig
+from idlm_jax.data.pipeline import Documents, held_out_split, make_dataset
+from idlm_jax.data.tokens import TokenStore, check_tokenizer
+from idlm_jax.errors import UserError
+from idlm_jax.training.config import AdapterSettings, MeshSettings, TrainConfig
+from idlm_jax.training.groups import Batch
+from idlm_jax.training.params import (
+    ADAPTER,
+    Flat,
+    ModelBuilder,
+    flat_adapter,
+    flat_base,
+    fresh_adapter,
+    nest,
+    split_trained,
+)
+from idlm_jax.training.step import TrainState, init_state, make_optimizer
+
+
+def make_mesh(settings: MeshSettings, config: ModelConfig) -> Mesh:
+    """The mesh of a run over all devices; raises UserError when the devices or the heads cannot be split so."""
+    sizes = {axis: getattr(settings, axis) for axis in MESH_AXES}
+    devices = jax.device_count()
+    given = int(np.prod([size for size in sizes.values() if size != -1]))
+    sizes = {axis: devices // given if size == -1 else size for axis, size in sizes.items()}
+    shape = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
+    if int(np.prod(list(sizes.values()))) != devices:
+        raise UserError(f"mesh: {shape} is not {devices}, the number of devices; change 'mesh' (-1 takes what is left)")
+    if config.num_key_value_heads % sizes["tp"]:
+        raise UserError(f"mesh.tp: {sizes['tp']} does not divide the model's {config.num_key_value_heads} key heads")
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a run needs besides the data; weights are loaded when they are first asked for."""
+
+    config: TrainConfig
+    source: WeightSource
+    mesh: Mesh
+    builder: ModelBuilder
+    optimizer: optax.GradientTransformation
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> "Setup":
+        """Open the model and check that everything fits together; raises UserError."""
+        source = open_source(config.model)
+        adapter = _adapter_config(config, source.config) if config.mode.endswith("lora") else None
+        model_config = _with_mask_token(config, source, adapter)
+        if config.length > model_config.max_position_embeddings:
+            raise UserError(
+                f"length {config.length} exceeds the model's context of {model_config.max_position_embeddings}"
+            )
+        mesh = make_mesh(config.mesh, model_config)
+        rows, shards = config.batch_size // config.accumulation, mesh.shape["data"] * mesh.shape["fsdp"]
+        if rows % shards:
+            raise UserError(
+                f"batch_size {config.batch_size} in {config.accumulation} parts gives {rows} rows, which cannot be "
+                f"split over {shards} devices (mesh data × fsdp)"
+            )
+        builder = ModelBuilder(model_config, adapter, config.dtype, Remat(config.remat))
+        return cls(config, source, mesh, builder, make_optimizer(config))
+
+    def load(self) -> tuple[Flat, Flat]:
+        """The weights at the start of the run: (trained, frozen)."""
+        config = self.config
+        mixed = "lora" in config.mode
+        dtype = jnp.dtype(config.dtype if mixed else "float32")
+        params = flat_base(load_params(self.source, dtype, weight_sharding(self.mesh)))
+        if self.builder.adapter:
+            params |= self._adapter(params["embed_tokens.embedding"])
+        placement = self.builder.shardings(self.mesh)
+        params = {name: jax.device_put(array, placement[name]) for name, array in params.items()}
+        return split_trained(params, config.mode, config.freeze, config.dtype)
+
+    def _adapter(self, embedding: jax.Array) -> Flat:
+        start_from = self.config.adapter.start_from
+        if start_from is None:
+            key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
+            return fresh_adapter(self.builder, embedding, key)
+        params = load_adapter(start_from, self.builder.config).params
+        if "mask_embedding" not in params:
+            params = {**params, "mask_embedding": jnp.mean(embedding.astype(jnp.float32), axis=0)}
+        return flat_adapter(params)
+
+    def start(self) -> tuple[TrainState, Flat]:
+        """The state before the first step, and the frozen weights."""
+        trained, frozen = self.load()
+        return init_state(trained, self.optimizer), frozen
+
+    def place(self, arrays: dict[str, np.ndarray]) -> Batch:
+        """One step's rows of this process as a Batch with a leading axis of parts, spread over the mesh."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, BATCH_AXES, None))
+        parts = self.config.accumulation
+
+        def put(array: np.ndarray) -> jax.Array:
+            local = array.reshape(parts, array.shape[0] // parts, *array.shape[1:])
+            return jax.make_array_from_process_local_data(sharding, local)
+
+        return Batch.from_dict({name: put(array) for name, array in arrays.items()})
+
+    def place_rows(self, arrays: dict[str, np.ndarray]) -> Batch:
+        """Rows of this process as a Batch without parts."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES, None))
+        put = partial(jax.make_array_from_process_local_data, sharding)
+        return Batch.from_dict({name: put(array) for name, array in arrays.items()})
+
+
+@dataclass(frozen=True)
+class Data:
+    """The token store of a run, split into documents to train on and documents to measure on."""
+
+    setup: Setup
+    store: TokenStore
+
+    @classmethod
+    def open(cls, setup: Setup) -> "Data":
+        """Open the store of the run; raises UserError when it was made with another tokenizer."""
+        store = TokenStore.open(setup.config.data)
+        check_tokenizer(store.metadata, setup.source.tokenizer(), setup.config.data)
+        return cls(setup, store)
+
+    @cached_property
+    def _split(self) -> tuple[Documents, Documents | None]:
+        config = self.setup.config
+        if not config.evaluation.documents:
+            return self.store, None
+        return held_out_split(self.store, config.evaluation.documents, config.seed)
+
+    def training(self) -> Any:
+        """The Grain iterator of training rows; its position can be saved."""
+        config = self.setup.config
+        return iter(
+            make_dataset(
+                self._split[0],
+                length=config.length,
+                batch_size=config.batch_size // jax.process_count(),
+                seed=config.seed,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+        )
+
+    def held_out(self) -> Iterator[Batch]:
+        """All held-out documents once, in rows as many as a part of a training step has."""
+        config, documents = self.setup.config, self._split[1]
+        if documents is None:
+            return
+        dataset = make_dataset(
+            documents,
+            length=config.length,
+            batch_size=config.batch_size // config.accumulation // jax.process_count(),
+            seed=config.seed,
+            shuffle=False,
+            epochs=1,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        for arrays in dataset:
+            yield self.setup.place_rows(arrays)
+
+
+def _adapter_config(config: TrainConfig, model: ModelConfig) -> AdapterConfig:
+    settings: AdapterSettings = config.adapter
+    if settings.start_from is not None:
+        return load_adapter(settings.start_from, model).config
+    adapter = AdapterConfig(
+        rank=settings.rank,
+        alpha=2 * settings.rank if settings.alpha is None else settings.alpha,
+        target_modules=settings.target_modules,
+        use_rslora=settings.use_rslora,
+        base_model=config.model,
+    )
+    adapter.validate("adapter")
+    return adapter
+
+
+def _with_mask_token(config: TrainConfig, source: WeightSource, adapter: AdapterConfig | None) -> ModelConfig:
+    if config.mode == "ar":
+        return source.config
+    if config.mask_token is not None:
+        return source.config.replace(mask_token_id=find_mask_token(source, config.mask_token))
+    if adapter and adapter.mask_token_id is not None:
+        return source.config.replace(mask_token_id=adapter.mask_token_id)
+    if source.config.mask_token_id is None:
+        raise UserError(f"{config.model} names no mask token: set 'mask_token' to one that text never contains")
+    return source.config
+
+
+def trained_adapter(setup: Setup, params: Flat) -> Adapter:
+    """The adapter that a run has trained, ready for ``checkpoint.peft.save_adapter``; gathers it on every process."""
+    assert setup.builder.adapter is not None
+    gathered = multihost_utils.process_allgather(params, tiled=True) if jax.process_count() > 1 else params
+    # In the dtype it was computed in: what decoding loads is then bit for bit what was trained.
+    tree = nest({name: np.asarray(array.astype(setup.config.dtype)) for name, array in gathered.items()})[ADAPTER]
+    config = replace(setup.builder.adapter, mask_token_id=setup.builder.config.mask_token_id)
+    return Adapter(config, tree)
+
+
+def output_directory(config: TrainConfig) -> Path:
+    """Where the run writes."""
+    return Path(config.output).expanduser()
