@@ -17,7 +17,9 @@ VERBS = {
     "convert": "turn a Hugging Face directory, Hub model or GGUF file into an Orbax checkpoint",
     "export": "turn any checkpoint into a Hugging Face directory",
     "info": "print configuration, parameters and memory of a checkpoint or configuration",
+    "train": "teach a model, or an adapter beside it, to draft several tokens a forward pass",
     "data": "prepare, synthesize and inspect training data",
+    "eval": "measure what a model or an adapter has learnt",
     "fetch": "download the model of the demo",
 }
 GROUPS = {
@@ -25,6 +27,9 @@ GROUPS = {
         "prepare": "turn chats and text into a token store",
         "synthesize": "sample a token store from a model itself",
         "inspect": "show the rows of a token store as training sees them",
+    },
+    "eval": {
+        "acceptance": "how often drafts would be accepted, and the tokens a forward that follow",
     },
 }
 

@@ -4,17 +4,26 @@ Measured on given text by one two-stream pass: p is the clean row's distribution
 (method.md 6.1, 6.2). Σ min(p, q) is the probability that a sampled draft is accepted, whichever exact coupling is used.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from idlm_jax.backbone.adapter import Adapter
+from idlm_jax.checkpoint.open import load_params, open_source
+from idlm_jax.checkpoint.peft import load_adapter
+from idlm_jax.checkpoint.source import WeightSource, find_mask_token
+from idlm_jax.data.pipeline import held_out_split, make_dataset
+from idlm_jax.data.tokens import TokenStore, check_tokenizer
+from idlm_jax.decoding.config import MAX_STRIDE
+from idlm_jax.errors import UserError
 from idlm_jax.training.groups import Batch, GroupPolicy, draw_groups
-from idlm_jax.training.params import Flat, ModelBuilder
+from idlm_jax.training.params import Flat, ModelBuilder, flat_adapter, flat_base
 from idlm_jax.training.two_stream import clean_stream, noisy_stream
 from pallas_kernels.linear_cross_entropy.reference import cross_entropy, map_rows
 
@@ -72,33 +81,107 @@ def measure(
     *,
     gated: bool = True,
     temperatures: Sequence[float] = (1.0,),
-    density: float = 1.0,
     seed: int = 0,
     attention: str = "auto",
     chunk: int = 256,
 ) -> AcceptanceReport:
-    """Acceptance over all batches, at random group starts; greedy is always measured too (temperature 0).
+    """Acceptance over all batches, one group of masks for every ``block_size`` tokens, at random starts.
 
-    ``gated``: an adapter acts on mask rows only, as in decoding with a gated adapter.
+    Greedy is always measured too (temperature 0). ``gated``: an adapter acts on mask rows only, as in lossless
+    decoding. Raises UserError where there is nothing to draft.
     """
-    step = jax.jit(
-        partial(
-            _batch_sums,
-            builder=builder,
-            policy=GroupPolicy(block_size, "random", density),
-            gated=gated,
-            temperatures=tuple(temperatures),
-            attention=attention,
-            chunk=chunk,
-        )
-    )
+    step = _compiled(builder, GroupPolicy(block_size, "random"), gated, tuple(temperatures), attention, chunk)
     total: Sums | None = None
     key = jax.random.key(seed)
     for i, batch in enumerate(batches):
         sums = step(params, batch, jax.random.fold_in(key, i))
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-    assert total is not None, "no batches"
+    if total is None or not float(total.rows[0]):
+        raise UserError("nothing to measure acceptance on: no learnt token of the data is followed by another")
     return _report(jax.device_get(total), (*temperatures, 0.0))
+
+
+def evaluate_store(
+    model: str,
+    data: str,
+    *,
+    adapter: str | None = None,
+    gated: bool = True,
+    mask_token: str | None = None,
+    base: str | None = None,
+    block_size: int = 3,
+    temperatures: Sequence[float] = (1.0,),
+    documents: int = 256,
+    length: int = 1024,
+    batch_size: int = 8,
+    dtype: str = "bfloat16",
+    seed: int = 0,
+) -> tuple[AcceptanceReport, AcceptanceReport | None]:
+    """``measure`` on documents of a token store (0: all of them), and the same for a ``base`` model.
+
+    Raises UserError for whatever does not fit together.
+    """
+    _check_settings(block_size, temperatures, batch_size)
+    source = open_source(model)
+    loaded = load_adapter(adapter, source.config) if adapter else None
+    config = source.config
+    if mask_token is not None:
+        config = config.replace(mask_token_id=find_mask_token(source, mask_token))
+    elif loaded and loaded.config.mask_token_id is not None:
+        config = config.replace(mask_token_id=loaded.config.mask_token_id)
+    if config.mask_token_id is None:
+        raise UserError(f"{model} names no mask token to draft with: give --mask-token TEXT_OR_ID")
+    if length > config.max_position_embeddings:
+        raise UserError(f"length {length} exceeds the model's context of {config.max_position_embeddings}")
+    store = TokenStore.open(data)
+    check_tokenizer(store.metadata, source.tokenizer(), data)
+    chosen = held_out_split(store, documents, seed)[1] if 0 < documents < len(store) else store
+
+    def batches() -> Iterable[Batch]:
+        dataset = make_dataset(chosen, length=length, batch_size=batch_size, seed=seed, shuffle=False, epochs=1)
+        return (Batch.from_dict(jax.tree.map(jnp.asarray, arrays)) for arrays in dataset)
+
+    def report(source: WeightSource, loaded: Adapter | None) -> AcceptanceReport:
+        builder = ModelBuilder(config, loaded.config if loaded else None, dtype)
+        params = flat_base(load_params(source, jnp.dtype(dtype)))
+        if loaded:
+            params |= flat_adapter(loaded.params)
+        return measure(builder, params, batches(), block_size, gated=gated, temperatures=temperatures, seed=seed)
+
+    return report(source, loaded), report(open_source(base), None) if base else None
+
+
+def _check_settings(block_size: int, temperatures: Sequence[float], batch_size: int) -> None:
+    if not 1 <= block_size < MAX_STRIDE:
+        raise UserError(f"block_size must be in 1 … {MAX_STRIDE - 1}, not {block_size}")
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, not {batch_size}")
+    for temperature in temperatures:
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise UserError(f"temperature must be positive (greedy is always measured), not {temperature}")
+
+
+@lru_cache(maxsize=8)
+def _compiled(
+    builder: ModelBuilder,
+    policy: GroupPolicy,
+    gated: bool,
+    temperatures: tuple[float, ...],
+    attention: str,
+    chunk: int,
+) -> jax.stages.Wrapped:
+    """One compiled program for all measurements of a run."""
+    return jax.jit(
+        partial(
+            _batch_sums,
+            builder=builder,
+            policy=policy,
+            gated=gated,
+            temperatures=temperatures,
+            attention=attention,
+            chunk=chunk,
+        )
+    )
 
 
 def _batch_sums(
