@@ -20,7 +20,7 @@ from idlm_jax.evaluation.acceptance import AcceptanceReport, measure
 from idlm_jax.training.checkpoints import Checkpoints
 from idlm_jax.training.config import Stage, TrainConfig, write_config
 from idlm_jax.training.export import save_model
-from idlm_jax.training.metrics import RunLog, Throughput, plot, useful_flops
+from idlm_jax.training.metrics import RunLog, Throughput, document_tokens, plot, useful_flops
 from idlm_jax.training.params import Flat
 from idlm_jax.training.setup import Data, Setup, output_directory, trained_adapter
 from idlm_jax.training.step import (
@@ -160,17 +160,22 @@ class _Run:
         config = self.setup.config
         losses = jax.device_get(result.losses)
         norm, finite = float(result.gradient_norm), bool(result.finite)
-        noisy_rows = int(losses.noisy_rows)
-        tokens = config.batch_size * config.length
+        noisy_rows, clean_rows = int(losses.noisy_rows), int(losses.clean_rows)
+        arrays = self._arrays_of(number)
+        # Of this process; the others have as many but for the padding.
+        tokens, document_length = document_tokens(arrays["segment_ids"], arrays["positions"])
+        tokens *= jax.process_count()
+        adapter = self.setup.builder.adapter
         flops = useful_flops(
             self.setup.builder.config,
             config.mode,
             tokens=tokens,
             noisy_rows=noisy_rows,
-            length=config.length,
+            length=document_length,
             block_size=stage.block_size,
-            rank=self.setup.builder.adapter.rank if self.setup.builder.adapter else 0,
-            clean_rows=int(losses.clean_rows),
+            clean_rows=clean_rows,
+            rank=adapter.rank if adapter else 0,
+            target_modules=adapter.target_modules if adapter else (),
             soft=stage.noisy_loss != "ce",
         )
         values: dict[str, Any] = {
@@ -179,7 +184,8 @@ class _Run:
             "loss_clean": float(losses.clean),
             "noisy_by_depth": [float(value) for value in losses.noisy_by_depth],
             "noisy_rows": noisy_rows,
-            "clean_rows": int(losses.clean_rows),
+            "clean_rows": clean_rows,
+            "tokens": tokens,
             "groups_left_out": int(losses.left_out),
             "gradient_norm": norm,
             "learning_rate": float(learning_rate_schedule(config)(number)),
@@ -189,7 +195,7 @@ class _Run:
         if self.acceptance is not None and self.acceptance_step == number:
             values |= acceptance_values(self.acceptance)
         self.log.log(number + 1, values)
-        if noisy_rows == 0 and int(losses.clean_rows) == 0:
+        if noisy_rows == 0 and clean_rows == 0:
             raise UserError(f"step {number + 1}: no token of the batch carries loss; check the loss mask of the data")
         self._check_loss(number, float(losses.total), finite)
 
@@ -205,12 +211,14 @@ class _Run:
 
     def _stop_bad(self, number: int, what: str) -> None:
         file = self.output / f"bad_step_{number + 1}.process_{jax.process_index()}.npz"
-        arrays = next(arrays for step, arrays in self.recent if step == number)
-        np.savez_compressed(file, step=number, seed=self.setup.config.seed, **arrays)
+        np.savez_compressed(file, step=number, seed=self.setup.config.seed, **self._arrays_of(number))
         raise UserError(
             f"step {number + 1}: {what}; stopped. The step's inputs are in {file}, the last checkpoint stays: resume "
             "with a lower learning rate, or start again"
         )
+
+    def _arrays_of(self, number: int) -> dict[str, np.ndarray]:
+        return next(arrays for step, arrays in self.recent if step == number)
 
     def _evaluate(self, step: int) -> None:
         config = self.setup.config

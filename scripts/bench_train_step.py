@@ -1,0 +1,208 @@
+"""Time training steps of given shapes with random weights on one accelerator: tokens/s, memory, and MFU.
+
+Run by hand on a GPU or TPU (a tiny shape runs on a CPU, to see that it works):
+
+    python scripts/bench_train_step.py                                  # the baseline of docs/measurements.md
+    python scripts/bench_train_step.py --cases tiny --steps 2           # a check on a CPU
+    python scripts/bench_train_step.py --cases smollm2-gated --attention xla cudnn
+
+MFU counts useful work only (``idlm_jax.training.metrics.useful_flops``): products with weights and visible pairs of
+attention, forward and backward, never what is computed again, over the chip's dense bf16 peak. Medians of steps that
+are timed one by one, each ended by reading its loss.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from idlm_jax.training.metrics import peak_flops, useful_flops
+
+from idlm_jax.backbone.adapter import AdapterConfig
+from idlm_jax.backbone.qwen3 import Remat
+from idlm_jax.config import ModelConfig, load_yaml
+from idlm_jax.training.config import OptimizerSettings, Stage, TrainConfig
+from idlm_jax.training.groups import Batch
+from idlm_jax.training.params import Flat, ModelBuilder, fresh_adapter, split_trained
+from idlm_jax.training.step import init_state, make_optimizer, make_train_step, objective_of
+
+MODELS = Path(__file__).parent.parent / "configs" / "models"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One shape to time."""
+
+    model: str
+    mode: str
+    length: int
+    batch: int
+    rank: int = 0
+    remat: str = "block"
+    noisy_loss: str = "ce"
+    accumulation: int = 1
+    loss_chunk: int = 256
+
+
+CASES = {
+    "tiny": Case("tiny", "full", 64, 2),
+    "smollm2-gated": Case("smollm2-135m", "gated-lora", 1024, 64, rank=32, noisy_loss="tv", loss_chunk=32),
+    "smollm2-full": Case("smollm2-135m", "full", 1024, 64, loss_chunk=32),
+    "qwen3-0.6b-full": Case("qwen3-0.6b", "full", 4096, 8),
+    "qwen3-8b-gated": Case("qwen3-8b", "gated-lora", 4096, 2, rank=128, noisy_loss="tv", loss_chunk=512),
+}
+TINY = {
+    "model_type": "qwen3",
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "mask_token_id": 255,
+}
+
+
+def model_config(name: str) -> ModelConfig:
+    """A shape of configs/models with a mask token."""
+    config = ModelConfig.from_hf(TINY if name == "tiny" else load_yaml(MODELS / f"{name}.yaml"))
+    return config if config.mask_token_id is not None else config.replace(mask_token_id=16)
+
+
+def random_params(builder: ModelBuilder, dtype: str) -> Flat:
+    """Stacked random weights, made on the device."""
+    shapes = {name: shape for name, shape in builder.shapes().items() if not name.startswith("adapter.")}
+
+    @jax.jit
+    def make(key: jax.Array) -> Flat:
+        keys = jax.random.split(key, len(shapes))
+        return {
+            name: jnp.ones(shape, dtype)
+            if name.endswith("scale")
+            else (0.02 * jax.random.normal(key, shape, jnp.bfloat16)).astype(dtype)
+            for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+        }
+
+    params = make(jax.random.key(0))
+    if builder.adapter:
+        params |= fresh_adapter(builder, params["embed_tokens.embedding"], jax.random.key(1))
+    return params
+
+
+def run(case: Case, attention: str, steps: int) -> dict[str, object]:
+    """Compile and time one case."""
+    config = TrainConfig(
+        model="",
+        data="",
+        output="",
+        mode=case.mode,
+        stages=(Stage(steps + 2, 3, case.noisy_loss),),
+        optimizer=OptimizerSettings(1e-5),
+        length=case.length,
+        batch_size=case.batch,
+        accumulation=case.accumulation,
+        remat=case.remat,
+        attention=attention,
+        loss_chunk=case.loss_chunk,
+    )
+    adapter = AdapterConfig(case.rank, 2 * case.rank) if case.rank else None
+    builder = ModelBuilder(model_config(case.model), adapter, "bfloat16", Remat(case.remat))
+    params = random_params(builder, "bfloat16" if case.rank else "float32")
+    trained, frozen = split_trained(params, case.mode, (), "bfloat16")
+    del params
+    optimizer = make_optimizer(config)
+    state = init_state(trained, optimizer)
+    del trained
+    objective = objective_of(config, config.stages[0])
+    step = make_train_step(builder, objective, optimizer, seed=0)
+    rng = np.random.default_rng(0)
+
+    def batch() -> Batch:
+        shape = (case.accumulation, case.batch // case.accumulation, case.length)
+        return Batch(
+            jnp.asarray(rng.integers(0, builder.config.vocab_size - 1, shape), jnp.int32),
+            jnp.ones(shape, jnp.int32),
+            jnp.broadcast_to(jnp.arange(case.length, dtype=jnp.int32), shape),
+            jnp.ones(shape, bool),
+        )
+
+    began = time.perf_counter()
+    state, result = step(state, frozen, batch())
+    first_loss = float(result.losses.total)
+    compile_seconds = time.perf_counter() - began
+    seconds = []
+    for _ in range(steps):
+        data = jax.block_until_ready(batch())
+        began = time.perf_counter()
+        state, result = step(state, frozen, data)
+        loss = float(result.losses.total)
+        seconds.append(time.perf_counter() - began)
+    median, tokens = statistics.median(seconds), case.batch * case.length
+    flops = useful_flops(
+        builder.config,
+        case.mode,
+        tokens=tokens,
+        noisy_rows=int(result.losses.noisy_rows),
+        length=case.length,
+        block_size=3,
+        rank=case.rank,
+        clean_rows=int(result.losses.clean_rows),
+        soft=case.noisy_loss != "ce",
+    )
+    device = jax.devices()[0]
+    peak, stats = peak_flops(device), device.memory_stats() or {}
+    return {
+        "model": case.model,
+        "mode": case.mode,
+        "attention": attention,
+        "length": case.length,
+        "batch": case.batch,
+        "remat": case.remat,
+        "seconds": round(median, 4),
+        "tokens_per_second": round(tokens / median),
+        "useful_tflops": round(flops / median / 1e12, 1),
+        "mfu": None if peak is None else round(flops / median / peak, 3),
+        "peak_gb": round(stats.get("peak_bytes_in_use", 0) / 1e9, 1),
+        "first_step_seconds": round(compile_seconds, 1),
+        "loss": [round(first_loss, 4), round(loss, 4)],
+    }
+
+
+def main() -> None:
+    """Time the cases asked for and print a table last."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["qwen3-0.6b-full", "qwen3-8b-gated"])
+    parser.add_argument("--attention", nargs="+", default=["auto"])
+    parser.add_argument("--batch", type=int, help="rows a step, instead of the case's")
+    parser.add_argument("--remat", choices=[remat.value for remat in Remat], help="instead of the case's")
+    parser.add_argument("--loss-chunk", type=int, help="instead of the case's")
+    parser.add_argument("--steps", type=int, default=10)
+    arguments = parser.parse_args()
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}", flush=True)
+    rows = []
+    for name in arguments.cases:
+        changes = {"batch": arguments.batch, "remat": arguments.remat, "loss_chunk": arguments.loss_chunk}
+        case = dataclasses.replace(CASES[name], **{key: value for key, value in changes.items() if value is not None})
+        for attention in arguments.attention:
+            try:
+                row = run(case, attention, arguments.steps)
+            except jax.errors.JaxRuntimeError as error:  # out of memory: say so and go on with the others
+                row = {"model": case.model, "attention": attention, "error": str(error).splitlines()[0][:200]}
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    keys = ("model", "mode", "attention", "length", "batch", "remat", "seconds", "tokens_per_second", "useful_tflops")
+    keys += ("mfu", "peak_gb")
+    print("| " + " | ".join(keys) + " |")
+    print("|" + "---|" * len(keys))
+    for row in rows:
+        print("| " + " | ".join(str(row.get(key, row.get("error", ""))) for key in keys) + " |")
+
+
+if __name__ == "__main__":
+    main()
