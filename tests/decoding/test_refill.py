@@ -6,6 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 
+from idlm_jax.decoding import refill
 from idlm_jax.decoding.generate import SamplingParams
 from idlm_jax.decoding.refill import MOST_END_TOKENS, Finished, Pool, Request, SlotBatch
 from idlm_jax.decoding.step import Policy
@@ -45,12 +46,12 @@ def requests_of_all_kinds(count: int = 31) -> list[Request]:
 
 
 @cache
-def alone(policy: Policy) -> list[list[int]]:
-    """The texts of ``requests_of_all_kinds`` by one static batch."""
+def alone(policy: Policy) -> list[tuple[list[int], list[int]]]:
+    """The texts of ``requests_of_all_kinds`` by one static batch, and how many drafts each round accepted."""
     requests = requests_of_all_kinds()
     prompts, sampling = [r.prompt for r in requests], [r.sampling for r in requests]
     run = decode(drafting_model(drafting_adapter()), prompts, sampling, policy)
-    return [emission.tokens.tolist() for emission in run]
+    return [(emission.tokens.tolist(), emission.history.tolist()) for emission in run]
 
 
 def drain(batch: SlotBatch, requests: Sequence[Request], rounds: int, at_once: int) -> Iterator[Finished]:
@@ -63,16 +64,50 @@ def drain(batch: SlotBatch, requests: Sequence[Request], rounds: int, at_once: i
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"N{p.stride}-{p.layout.name}-{p.coupling.name}")
-def test_texts_do_not_depend_on_places_moves_refilling_or_neighbours(policy: Policy) -> None:
+def test_texts_do_not_depend_on_places_moves_refilling_or_neighbours(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves = []
+    move = refill._move
+    monkeypatch.setattr(refill, "_move", lambda state, pool, *places: moves.append(pool) or move(state, pool, *places))
     requests = requests_of_all_kinds()
     batch = SlotBatch(drafting_model(drafting_adapter()), policy, POOLS)
     order = np.random.default_rng(1).permutation(len(requests))
     finished = list(drain(batch, [requests[i] for i in order], rounds=5, at_once=3))
     assert sorted(done.request.id for done in finished) == list(range(len(requests)))
+    assert moves.count(0) > 10 and moves.count(1) > 3
     expected = alone(policy)
-    assert [done.emission.tokens.tolist() for done in finished] == [expected[done.request.id] for done in finished]
     for done in finished:
-        # The history is that of this request alone: its rounds emitted what it emitted, the last one maybe cut.
-        emitted = np.maximum(done.emission.history, 0) + 1
-        assert emitted[:-1].sum() < len(done.emission.tokens) <= emitted.sum()
+        tokens, history = expected[done.request.id]
+        assert done.emission.tokens.tolist() == tokens
+        # Drafts are those of this request alone, too, also where it has waited or moved.
+        assert done.emission.history.tolist() == history
         assert done.emission.done
+
+
+def test_requests_that_cannot_run_are_refused_before_they_wait() -> None:
+    batch = SlotBatch(drafting_model(), AR, POOLS)
+    ends = tuple(range(MOST_END_TOKENS + 1))
+    for request, message in (
+        (
+            Request(0, [1] * 20, SamplingParams(max_tokens=MOST + 1)),
+            r"prompt \(20 tokens\) \+ max_tokens \(41\) exceeds",
+        ),
+        (Request(0, [], SamplingParams()), "the prompt is empty"),
+        (Request(0, [1], SamplingParams(max_tokens=9, stop_token_ids=ends)), "at most 8 tokens can end a text"),
+    ):
+        with pytest.raises(UserError, match=message):
+            batch.submit([request])
+    assert not batch.busy and batch.room == 4
+    batch.submit([Request(i, [1], SamplingParams(max_tokens=1)) for i in range(6)])
+    assert batch.busy and batch.room == 0
+
+
+def test_prompts_that_requests_share_are_prefilled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefilled = []
+    monkeypatch.setattr(refill, "prefill", lambda model, cache, tokens, policy: prefilled.append(tokens) or cache)
+    batch = SlotBatch(drafting_model(), AR, POOLS)
+    batch.submit([Request(i, prompt, SamplingParams(max_tokens=2)) for i, prompt in enumerate([[1, 2], [3], [1, 2]])])
+    batch._admit()
+    assert [tokens[:2, 0].tolist() for tokens in prefilled] == [[1, 0]]
+    assert batch.room == 1
