@@ -69,8 +69,10 @@ class RunLog:
         if tensorboard:
             _require("tensorboardX", "tensorboard")
         self._writes = process_index == 0
-        self._total, self._first = total_steps, resume_step
-        self._began = self._shown_at = time.monotonic()
+        self._total = total_steps
+        self._shown_at = time.monotonic()
+        # The first step logged and when: the time left is told by the steps after it, without its compilation.
+        self._first: tuple[int, float] | None = None
         self._shown_step: int | None = None
         self._acceptance = ""
         if not self._writes:
@@ -142,12 +144,15 @@ class RunLog:
             self._bar.update(step - self._bar.n)
             return
         now = time.monotonic()
+        self._first = self._first or (step, now)
         is_due = self._shown_step is None or step - self._shown_step >= self._total / _LINES or step == self._total
         if is_due or now - self._shown_at >= _LINE_SECONDS:
             self._shown_step, self._shown_at = step, now
-            left = (now - self._began) / max(step - self._first, 1) * (self._total - step)
-            parts = ", ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"step {step}/{self._total}: {parts}, {tqdm.format_interval(left)} left", file=sys.stderr, flush=True)
+            parts = [f"{name} {value}" for name, value in shown.items()]
+            first, began = self._first
+            if step > first:
+                parts.append(f"{tqdm.format_interval((now - began) / (step - first) * (self._total - step))} left")
+            print(f"step {step}/{self._total}: {', '.join(parts)}", file=sys.stderr, flush=True)
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:
