@@ -37,6 +37,8 @@ from idlm_jax.errors import UserError
 # Prompts a prefill call takes, and requests a call puts into places. One number, so that the programs a prompt runs
 # through depend on its own length alone, whatever is admitted with it.
 ADMIT_ROWS = 32
+# Prompts are padded to this, to PREFILL_CHUNK, or to a power of two beyond: each size is a program to compile.
+SHORT_PROMPT = 64
 # Tokens that can end one request.
 MOST_END_TOKENS = 8
 
@@ -340,7 +342,9 @@ def _by_size(prompts: Iterable[Prompt], most: int) -> Iterator[tuple[int, tuple[
     """Different prompts in groups for one prefill call each: the cache slots they take, and the prompts."""
     by_size: dict[int, list[Prompt]] = {}
     for prompt in prompts:
-        by_size.setdefault(bucket(len(prompt) - 1), []).append(prompt)
+        length = len(prompt) - 1
+        size = SHORT_PROMPT if length <= SHORT_PROMPT else bucket(max(length, PREFILL_CHUNK))
+        by_size.setdefault(size, []).append(prompt)
     for size, same_size in sorted(by_size.items()):
         for group in batched(same_size, most):
             yield size, group

@@ -24,7 +24,7 @@ from tests.cli.decoding_support import TINY, json_lines, refused, run, write
 END = "<|im_end|>"
 PREFIX = "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n<|im_start|>user\n"
 HEADER = "\n<|im_start|>assistant\n"
-CONFIG = SynthesisConfig(documents=12, max_tokens=104, batch_size=5, seed=3)
+CONFIG = SynthesisConfig(documents=12, max_tokens=84, batch_size=5, seed=3)
 PROMPTS = [[{"role": "user", "content": text}] for text in ("hello", "12", "and then", "x" * 60)]
 
 
@@ -54,7 +54,7 @@ def alone(config: SynthesisConfig, with_prompts: bool = False) -> list[Any]:
     """What becomes of documents when each request is decoded by itself: samples, and None for dropped ones."""
     author = Author(model(), config, PROMPTS if with_prompts else None)
     outcomes = []
-    for number in range(author.available or 24):
+    for number in range(author.available or 40):
         following: Any = author.first_request(number)
         while isinstance(following, Request):
             (emission,) = generate_tokens(model().model, [following.prompt], [following.sampling], config.policy())
@@ -218,7 +218,7 @@ def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], message:
 
 def test_a_model_that_writes_no_chats_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_HOPELESS", 20)
-    # A question of at most two tokens, end included, is nearly never one.
+    # No room for a question and the token that ends it.
     with pytest.raises(UserError, match=r"none of 2\d documents had a question and an answer"):
         sample(tmp_path / "store", replace(CONFIG, max_tokens=54))
 

@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from idlm_jax.decoding import refill
+from idlm_jax.decoding import generate, refill
 from idlm_jax.decoding.generate import SamplingParams
 from idlm_jax.decoding.refill import MOST_END_TOKENS, Finished, Pool, Request, SlotBatch
 from idlm_jax.decoding.step import Policy
@@ -67,6 +67,10 @@ def drain(batch: SlotBatch, requests: Sequence[Request], rounds: int, at_once: i
 def test_texts_do_not_depend_on_places_moves_refilling_or_neighbours(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Prompts of 20 tokens take three chunks of prefill.
+    monkeypatch.setattr(refill, "SHORT_PROMPT", 4)
+    for module in (refill, generate):
+        monkeypatch.setattr(module, "PREFILL_CHUNK", 8)
     moves = []
     move = refill._move
     monkeypatch.setattr(refill, "_move", lambda state, pool, *places: moves.append(pool) or move(state, pool, *places))
