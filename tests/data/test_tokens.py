@@ -223,6 +223,21 @@ def test_damage_is_one_clear_line(name: str, damage: Any, tmp_path: Path, monkey
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("damage", [_cut, Path.unlink])
+def test_lost_data_is_noticed_when_the_store_is_opened(damage: Any, tmp_path: Path) -> None:
+    write(tmp_path / "store", random_documents(10))
+    damage(tmp_path / "store" / "tokens" / "c" / "0")
+    with pytest.raises(UserError, match=r"damaged or incomplete \(tokens has \d+ bytes, not"):
+        TokenStore.open(tmp_path / "store")
+
+
+def test_data_lost_while_the_store_is_open_is_not_read_as_zeros(tmp_path: Path) -> None:
+    store = write(tmp_path / "store", random_documents(10))
+    (tmp_path / "store" / "tokens" / "c" / "0").unlink()
+    with pytest.raises(UserError, match=r"damaged or incomplete \(.*missing"):
+        store[3]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
