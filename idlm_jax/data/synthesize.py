@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 LOSSES = ("assistant", "sampled")
 # Rounds between two looks at which texts have ended: a place is idle for one and a half times as many on average.
-ROUNDS_PER_CALL = 4
+ROUNDS_PER_CALL = 8
 # A kill loses the text of at most this long.
 FLUSH_SECONDS = 30.0
 # Below this, pools of smaller places gain nothing.

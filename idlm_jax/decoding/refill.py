@@ -75,19 +75,19 @@ class Finished:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Admission:
-    """Requests on their way into places; padded with a place that does not exist."""
+    """Requests on their way into places, as host arrays; padded with a place that does not exist."""
 
-    place: Int[Array, " F"]
+    place: Int[np.ndarray, " F"]
     # Which prefilled prompt is the request's.
-    row: Int[Array, " F"]
-    length: Int[Array, " F"]
-    pending: Int[Array, " F"]
-    max_tokens: Int[Array, " F"]
-    eos: Int[Array, "F E"]
-    temperature: Float[Array, " F"]
-    top_k: Int[Array, " F"]
-    top_p: Float[Array, " F"]
-    seed: UInt[Array, " F"]
+    row: Int[np.ndarray, " F"]
+    length: Int[np.ndarray, " F"]
+    pending: Int[np.ndarray, " F"]
+    max_tokens: Int[np.ndarray, " F"]
+    eos: Int[np.ndarray, "F E"]
+    temperature: Float[np.ndarray, " F"]
+    top_k: Int[np.ndarray, " F"]
+    top_p: Float[np.ndarray, " F"]
+    seed: UInt[np.ndarray, " F"]
 
 
 @jax.tree_util.register_dataclass
@@ -276,7 +276,7 @@ class SlotBatch:
             for group in batched(pairs, self._admit_rows):
                 padded = [*group, *[(nowhere, nowhere)] * (self._admit_rows - len(group))]
                 source, target = np.array(padded, np.int32).T
-                self._state = _move(self._state, pool, jnp.asarray(source), jnp.asarray(target))
+                self._state = _move(self._state, pool, source, target)
             # Not before: none of them may be the target of another move of the same call.
             for place, _ in pairs:
                 self._release(place)
@@ -323,7 +323,8 @@ class SlotBatch:
         for row, params in zip(eos, sampling, strict=True):
             ends = end_tokens(self._model, params)
             row[: len(ends)] = ends
-        ints, floats = partial(jnp.asarray, dtype=jnp.int32), partial(jnp.asarray, dtype=jnp.float32)
+        # Of numpy: each jnp call here would be one more launch.
+        ints, floats = partial(np.asarray, dtype=np.int32), partial(np.asarray, dtype=np.float32)
         return _Admission(
             place=ints(places),
             row=ints(rows),
@@ -334,7 +335,7 @@ class SlotBatch:
             temperature=floats([params.temperature for params in sampling]),
             top_k=ints([max(params.top_k, 0) for params in sampling]),
             top_p=floats([params.top_p for params in sampling]),
-            seed=jnp.asarray(np.array([params.seed or 0 for params in sampling], np.uint32)),
+            seed=np.asarray([params.seed or 0 for params in sampling], np.uint32),
         )
 
 
