@@ -10,6 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.range_attention.reference import GroupKV
 
+# Rows and keys must be even in number; whole 16-byte rows of the mask are faster.
+_MULTIPLE = 8
+
 
 def range_attention(
     q_BRHd: Float[Array, "B R H d"],
@@ -28,4 +31,10 @@ def range_attention(
         own = (row[:, None] // group_size == row // group_size) & (row[:, None] >= row)
         visible = jnp.concatenate([visible, jnp.broadcast_to(own, (len(q_BRHd), *own.shape))], axis=2)
         k_BLKd, v_BLKd = (jnp.concatenate(pair, axis=1) for pair in zip((k_BLKd, v_BLKd), group, strict=True))
-    return jax.nn.dot_product_attention(q_BRHd, k_BLKd, v_BLKd, mask=visible[:, None], implementation="cudnn")
+    rows, padding = q_BRHd.shape[1], ((0, 0), (0, -q_BRHd.shape[1] % _MULTIPLE), (0, -k_BLKd.shape[1] % _MULTIPLE))
+    q, k, v = (
+        jnp.pad(array, (padding[0], pad, (0, 0), (0, 0)))
+        for array, pad in ((q_BRHd, padding[1]), (k_BLKd, padding[2]), (v_BLKd, padding[2]))
+    )
+    mask = jnp.pad(visible, padding)[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")[:, :rows]
