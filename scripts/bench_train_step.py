@@ -99,7 +99,7 @@ def run(case: Case, attention: str, steps: int) -> dict[str, object]:
     """Compile and time one case."""
     config = TrainConfig(
         model="",
-        data="",
+        data=(),
         output="",
         mode=case.mode,
         stages=(Stage(steps + 2, 3, case.noisy_loss),),

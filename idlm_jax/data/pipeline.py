@@ -4,6 +4,7 @@ A document is never split, and never crosses a row; `segment_ids` and `positions
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -62,6 +63,30 @@ class DocumentView:
     def lengths(self) -> Int64[np.ndarray, " documents"]:
         """Tokens of every document."""
         return self._documents.lengths()[self._numbers]
+
+
+class JoinedDocuments:
+    """The documents of several stores, one store after the other."""
+
+    def __init__(self, stores: Sequence[Documents]):
+        self.path = stores[0].path
+        self._stores = stores
+        self._ends = np.cumsum([len(store) for store in stores])
+        targets = sum(store.metadata["counts"]["target_tokens"] for store in stores)
+        self.metadata: dict[str, Any] = {"counts": {"target_tokens": targets}}
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Document:
+        """One document."""
+        store = int(np.searchsorted(self._ends, index, side="right"))
+        return self._stores[store][index - int(self._ends[store - 1] if store else 0)]
+
+    def lengths(self) -> Int64[np.ndarray, " documents"]:
+        """Tokens of every document."""
+        return np.concatenate([store.lengths() for store in self._stores])
 
 
 def held_out_split(documents: Documents, held_out: int | float, seed: int) -> tuple[DocumentView, DocumentView]:

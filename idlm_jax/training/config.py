@@ -109,8 +109,8 @@ class TrainConfig:
 
     # Checkpoint to start from: whatever ``idlm generate`` takes.
     model: str
-    # Token store made by ``idlm data``.
-    data: str
+    # Token stores made by ``idlm data``; the documents of several are shuffled together. One may stand without a list.
+    data: tuple[str, ...]
     # Directory of everything that the run writes.
     output: str
     # "full", "lora", "gated-lora", or "ar" for plain fine-tuning.
@@ -326,6 +326,8 @@ def _read(value: Any, expected: Any, key: str) -> Any:
     if dataclasses.is_dataclass(expected):
         return _read_dataclass(value, expected, key)
     if get_origin(expected) is tuple:
+        if isinstance(value, str) and get_args(expected)[0] is str:
+            value = [value]
         if not isinstance(value, list):
             raise UserError(f"{key}: must be a list, not {_as_yaml(value)}")
         return tuple(_read(part, get_args(expected)[0], f"{key}.{number}") for number, part in enumerate(value))

@@ -1,6 +1,7 @@
 """From a TrainConfig to what a run needs: mesh, weights, optimizer, data; checked before anything is spent."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from idlm_jax.checkpoint.open import load_params, open_source
 from idlm_jax.checkpoint.peft import load_adapter
 from idlm_jax.checkpoint.source import WeightSource, find_mask_token
 from idlm_jax.config import ModelConfig
-from idlm_jax.data.pipeline import Documents, held_out_split, make_dataset
+from idlm_jax.data.pipeline import Documents, JoinedDocuments, held_out_split, make_dataset
 from idlm_jax.data.tokens import TokenStore, check_tokenizer
 from idlm_jax.errors import UserError
 from idlm_jax.training.config import AdapterSettings, MeshSettings, TrainConfig
@@ -34,6 +35,7 @@ from idlm_jax.training.params import (
     fresh_adapter,
     nest,
     split_trained,
+    trained_names,
 )
 from idlm_jax.training.step import TrainState, init_state, make_optimizer
 
@@ -80,6 +82,7 @@ class Setup:
                 f"split over {shards} devices (mesh data × fsdp)"
             )
         builder = ModelBuilder(model_config, adapter, config.dtype, Remat(config.remat))
+        trained_names(builder.shapes(), config.mode, config.freeze)
         return cls(config, source, mesh, builder, make_optimizer(config))
 
     def load(self) -> tuple[Flat, Flat]:
@@ -129,24 +132,28 @@ class Setup:
 
 @dataclass(frozen=True)
 class Data:
-    """The token store of a run, split into documents to train on and documents to measure on."""
+    """The documents of a run, split into those to train on and those to measure on."""
 
     setup: Setup
-    store: TokenStore
+    documents: Documents
 
     @classmethod
     def open(cls, setup: Setup) -> "Data":
-        """Open the store of the run; raises UserError when it was made with another tokenizer."""
-        store = TokenStore.open(setup.config.data)
-        check_tokenizer(store.metadata, setup.source.tokenizer(), setup.config.data)
-        return cls(setup, store)
+        """Open the stores of the run; raises UserError when one was made with another tokenizer."""
+        if not setup.config.data:
+            raise UserError("data: name at least one token store made by `idlm data`")
+        tokenizer, stores = setup.source.tokenizer(), []
+        for path in setup.config.data:
+            stores.append(TokenStore.open(path))
+            check_tokenizer(stores[-1].metadata, tokenizer, path)
+        return cls(setup, stores[0] if len(stores) == 1 else JoinedDocuments(stores))
 
     @cached_property
     def _split(self) -> tuple[Documents, Documents | None]:
         config = self.setup.config
         if not config.evaluation.documents:
-            return self.store, None
-        return held_out_split(self.store, config.evaluation.documents, config.seed)
+            return self.documents, None
+        return held_out_split(self.documents, config.evaluation.documents, config.seed)
 
     def training(self) -> Any:
         """The Grain iterator of training rows; its position can be saved."""
@@ -167,18 +174,16 @@ class Data:
         config, documents = self.setup.config, self._split[1]
         if documents is None:
             return
+        rows = config.batch_size // config.accumulation
+        # Every process packs all of them and takes its rows, so that all have the same number of batches.
         dataset = make_dataset(
-            documents,
-            length=config.length,
-            batch_size=config.batch_size // config.accumulation // jax.process_count(),
-            seed=config.seed,
-            shuffle=False,
-            epochs=1,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            documents, length=config.length, batch_size=rows, seed=config.seed, shuffle=False, epochs=1
         )
-        for arrays in dataset:
-            yield self.setup.place_rows(arrays)
+        share = rows // jax.process_count()
+        mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+        with closing(iter(dataset)) as batches:
+            for arrays in batches:
+                yield self.setup.place_rows({name: array[mine] for name, array in arrays.items()})
 
 
 def _adapter_config(config: TrainConfig, model: ModelConfig) -> AdapterConfig:

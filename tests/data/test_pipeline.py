@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
 from idlm_jax.data import tokens as tokens_module
-from idlm_jax.data.pipeline import held_out_split, make_dataset
+from idlm_jax.data.pipeline import JoinedDocuments, held_out_split, make_dataset
 from idlm_jax.data.tokens import Document, TokenStore, TokenStoreWriter
 from idlm_jax.errors import UserError
 
@@ -261,3 +261,12 @@ def test_damage_found_while_reading_is_one_line(tmp_path: Path, monkeypatch: pyt
     chunk.write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
         list(batches(TokenStore.open(tmp_path / "store")))
+
+
+def test_joined_documents_are_those_of_every_store_in_order() -> None:
+    parts = [InMemory([2, 3, 4]), InMemory([5]), InMemory([1, 6, 2, 2, 7])]
+    joined = JoinedDocuments(parts)
+    expected = [document for part in parts for document in (part[i] for i in range(len(part)))]
+    assert len(joined) == len(expected)
+    assert [joined[i].tokens.tolist() for i in range(len(joined))] == [d.tokens.tolist() for d in expected]
+    assert joined.lengths().tolist() == [len(d.tokens) for d in expected]

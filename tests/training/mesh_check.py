@@ -32,7 +32,7 @@ def run(mode: str, stage: Stage, shape: tuple[int, int, int] | None) -> tuple[li
     """Losses and weights after some steps; no mesh at all for None."""
     config = TrainConfig(
         "",
-        "",
+        (),
         "",
         mode=mode,
         stages=(stage,),

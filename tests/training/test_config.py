@@ -23,7 +23,7 @@ from idlm_jax.training.config import (
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"))
 MINIMAL = {"model": "m", "data": "d", "output": "o", "stages": [{"steps": 10}]}
-CONFIG = TrainConfig("m", "d", "o", stages=(Stage(10),))
+CONFIG = TrainConfig("m", ("d",), "o", stages=(Stage(10),))
 FULL = replace(CONFIG, mode="full")
 
 
@@ -70,7 +70,7 @@ def test_full_conversions_follow_the_official_recipe(name: str) -> None:
 def test_the_written_config_reads_back_the_same(tmp_path: Path) -> None:
     config = TrainConfig(
         "a model: with a colon",
-        "d",
+        ("d", "e"),
         "o",
         stages=(Stage(3, 1, starts="aligned", clean_weight="auto"), Stage(4, 7, "tv", density=0.5)),
         mode="lora",
@@ -144,7 +144,7 @@ def test_numbers_keep_their_type(tmp_path: Path) -> None:
         ({"optimizer": None}, "optimizer: must be a mapping of keys to values, not null"),
         ({"by_document": 1}, "by_document: must be true or false or null, not 1"),
         ({"adapter": {"alpha": "big"}}, 'adapter.alpha: must be a number or null, not "big"'),
-        ({"freeze": "embed*"}, 'freeze: must be a list, not "embed*"'),
+        ({"freeze": 3}, "freeze: must be a list, not 3"),
         ({"model": None}, "model: must be text, not null"),
     ],
 )
