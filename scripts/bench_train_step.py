@@ -5,6 +5,7 @@ Run by hand on a GPU or TPU (a tiny shape runs on a CPU, to see that it works):
     python scripts/bench_train_step.py                                  # the baseline of docs/measurements.md
     python scripts/bench_train_step.py --cases tiny --steps 2           # a check on a CPU
     python scripts/bench_train_step.py --cases smollm2-gated --attention xla cudnn
+    python scripts/bench_train_step.py --cases smollm2-gated --profile 30   # and the kernels that take longest
 
 MFU counts useful work only (``idlm_jax.training.metrics.useful_flops``): products with weights and visible pairs of
 attention, forward and backward, never what is computed again, over the chip's dense bf16 peak. Medians of steps that
@@ -13,21 +14,23 @@ are timed one by one, each ended by reading its loss.
 
 import argparse
 import dataclasses
+import gzip
 import json
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from idlm_jax.training.metrics import peak_flops, useful_flops
 
 from idlm_jax.backbone.adapter import AdapterConfig
 from idlm_jax.backbone.qwen3 import Remat
 from idlm_jax.config import ModelConfig, load_yaml
 from idlm_jax.training.config import OptimizerSettings, Stage, TrainConfig
 from idlm_jax.training.groups import Batch
+from idlm_jax.training.metrics import peak_flops, useful_flops
 from idlm_jax.training.params import Flat, ModelBuilder, fresh_adapter, split_trained
 from idlm_jax.training.step import init_state, make_optimizer, make_train_step, objective_of
 
@@ -95,8 +98,25 @@ def random_params(builder: ModelBuilder, dtype: str) -> Flat:
     return params
 
 
-def run(case: Case, attention: str, steps: int) -> dict[str, object]:
-    """Compile and time one case."""
+def longest_kernels(trace: Path, count: int, steps: int) -> list[str]:
+    """Of a trace by the JAX profiler: the operations of the device that take longest, summed by name, a line each."""
+    file = next(trace.rglob("perfetto_trace.json.gz"))
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in events if event.get("name") == "process_name"}
+    spent: dict[str, list[float]] = {}
+    for event in events:
+        if event.get("ph") == "X" and names.get(event["pid"], "").startswith("/device:"):
+            spent.setdefault(event["name"], []).append(event["dur"] / 1e3)
+    rows = sorted(spent.items(), key=lambda row: -sum(row[1]))
+    total = sum(sum(times) for times in spent.values()) / steps
+    lines = [f"{total:10.2f} ms a step in all kernels ({sum(map(len, spent.values())) / steps:.0f} launches)"]
+    for name, times in rows[:count]:
+        lines.append(f"{sum(times) / steps:10.2f} ms {len(times) / steps:7.0f} times  {name[:100]}")
+    return lines
+
+
+def run(case: Case, attention: str, steps: int, profile: int = 0) -> dict[str, object]:
+    """Compile and time one case; print the ``profile`` operations that take longest."""
     config = TrainConfig(
         model="",
         data=(),
@@ -143,6 +163,13 @@ def run(case: Case, attention: str, steps: int) -> dict[str, object]:
         state, result = step(state, frozen, data)
         loss = float(result.losses.total)
         seconds.append(time.perf_counter() - began)
+    if profile:
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder, create_perfetto_trace=True):
+                for _ in range(2):
+                    state, result = step(state, frozen, data)
+                float(result.losses.total)
+            print("\n".join(longest_kernels(Path(folder), profile, 2)), flush=True)
     median, tokens = statistics.median(seconds), case.batch * case.length
     flops = useful_flops(
         builder.config,
@@ -182,16 +209,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="rows a step, instead of the case's")
     parser.add_argument("--remat", choices=[remat.value for remat in Remat], help="instead of the case's")
     parser.add_argument("--loss-chunk", type=int, help="instead of the case's")
+    parser.add_argument("--length", type=int, help="tokens a row, instead of the case's")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--profile", type=int, default=0, metavar="COUNT", help="print so many of the longest kernels")
     arguments = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}", flush=True)
     rows = []
     for name in arguments.cases:
         changes = {"batch": arguments.batch, "remat": arguments.remat, "loss_chunk": arguments.loss_chunk}
+        changes["length"] = arguments.length
         case = dataclasses.replace(CASES[name], **{key: value for key, value in changes.items() if value is not None})
         for attention in arguments.attention:
             try:
-                row = run(case, attention, arguments.steps)
+                row = run(case, attention, arguments.steps, arguments.profile)
             except jax.errors.JaxRuntimeError as error:  # out of memory: say so and go on with the others
                 row = {"model": case.model, "attention": attention, "error": str(error).splitlines()[0][:200]}
             rows.append(row)

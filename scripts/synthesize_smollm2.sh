@@ -29,7 +29,7 @@ questions() { # store, count
 }
 
 sample smollm2-self --tokens 30e6 --seed 0 --max-tokens 512 --temperature 1
-questions smollm2-self 40000
+questions smollm2-self 20000
 sample smollm2-greedy --prompts "$data/smollm2-self.jsonl" --max-tokens 512 --temperature 0
 sample smollm2-warm --prompts "$data/smollm2-self.jsonl" --max-tokens 512 --temperature 0.7 --seed 2
 sample smollm2-held-out --tokens 1e6 --seed 1 --max-tokens 1024 --temperature 1
