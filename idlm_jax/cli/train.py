@@ -1,6 +1,7 @@
 """``idlm train``: turn an autoregressive model into an introspective diffusion model."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -60,7 +61,12 @@ def train(
         return 0
     from idlm_jax.training.loop import train as run
 
-    outcome = run(settings, resume)
+    try:
+        outcome = run(settings, resume)
+    except KeyboardInterrupt:
+        print("idlm: interrupted", file=sys.stderr, flush=True)
+        # At once: Python would wait for the threads of a save in progress.
+        os._exit(130)
     if outcome.reason != "finished":
         print(f"idlm: stopped by {outcome.reason} at step {outcome.step}; go on with --resume", file=sys.stderr)
         return 143 if outcome.reason == "SIGTERM" else 130

@@ -73,8 +73,10 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        # Whoever interrupts does not want to wait for a save.
+        if kind is not KeyboardInterrupt:
+            self.close()
 
     @property
     def steps(self) -> list[int]:

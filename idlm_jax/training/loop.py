@@ -1,18 +1,22 @@
 """The training loop: steps, metrics read a step late, measurements, checkpoints, and every way a run can end."""
 
-import logging
+import io
 import signal
 import sys
+import zlib
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
+from idlm_jax.backbone.weights import layer_weights
+from idlm_jax.checkpoint.atomic import write_file
 from idlm_jax.checkpoint.peft import save_adapter
 from idlm_jax.data.tokens import tokenizer_hash
 from idlm_jax.errors import UserError
@@ -21,16 +25,11 @@ from idlm_jax.training.checkpoints import Checkpoints
 from idlm_jax.training.config import Stage, TrainConfig, write_config
 from idlm_jax.training.export import save_model
 from idlm_jax.training.metrics import RunLog, Throughput, document_tokens, plot, useful_flops
+from idlm_jax.training.objective import Losses
 from idlm_jax.training.params import Flat
 from idlm_jax.training.setup import Data, Setup, output_directory, trained_adapter
-from idlm_jax.training.step import (
-    StepResult,
-    learning_rate_schedule,
-    make_train_step,
-    objective_of,
-)
+from idlm_jax.training.step import StepResult, learning_rate_schedule, make_train_step, objective_of
 
-_log = logging.getLogger(__name__)
 # Weight of the newest loss in the smoothed one that divergence is judged by, and steps before it is judged.
 _SMOOTHING, _SETTLE = 0.1, 50
 
@@ -44,6 +43,7 @@ class Outcome:
     reason: str
     # The trained adapter or model, where the run finished.
     result: Path | None
+    # As last measured, if it was.
     acceptance: AcceptanceReport | None
 
 
@@ -51,15 +51,29 @@ def train(config: TrainConfig, resume: bool = False) -> Outcome:
     """Run a training from its configuration, or go on with one; raises UserError for whatever the user can mend.
 
     Everything is written into ``config.output``: the resolved configuration, ``metrics.jsonl``, ``checkpoints/``,
-    ``loss_curve.png``, and at the end ``adapter/`` (LoRA modes) or ``model/``.
+    ``loss_curve.png``, and at the end ``adapter/`` (LoRA modes) or ``model/``. On SIGTERM or SIGINT it ends after the
+    step with a checkpoint; a second one has its usual effect.
     """
     output = output_directory(config)
-    if (output / "checkpoints").exists() and not resume:
+    result = output / ("adapter" if config.mode.endswith("lora") else "model")
+    checkpoints = output / "checkpoints"
+    holds_run = checkpoints.is_dir() and any(path.name.isdecimal() for path in checkpoints.iterdir())
+    if resume and not holds_run:
+        raise UserError(f"{output} holds no checkpoint to go on from; leave out --resume, or give another --output")
+    if not resume and (holds_run or result.exists()):
         raise UserError(f"{output} holds a run already; go on with it (--resume) or give another --output")
     setup = Setup.from_config(config)
     data = Data.open(setup)
-    with jax.set_mesh(setup.mesh):
-        return _Run(setup, data, output, resume).run()
+    try:
+        with jax.set_mesh(setup.mesh), closing(data.training()) as iterator:
+            return _Run(setup, data, output, result, iterator).run(resume)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            "the device has no memory left: train with a smaller batch_size, more parts a step (accumulation), a "
+            "smaller loss_chunk, or remat: block; --dry-run tells the memory beforehand"
+        ) from None
 
 
 @dataclass
@@ -67,45 +81,48 @@ class _Run:
     setup: Setup
     data: Data
     output: Path
-    resume: bool
-    # Host copies of the batches of the last steps, for the post-mortem of a step that went wrong.
-    recent: deque = field(default_factory=lambda: deque(maxlen=2))
+    # Where the trained adapter or model goes.
+    result: Path
+    # Of Grain, over the training rows.
+    iterator: Any
+    # Host copies of the batches of the last steps, for what is counted in them and the post-mortem of a bad step.
+    recent: deque[tuple[int, dict[str, np.ndarray]]] = field(default_factory=lambda: deque(maxlen=2))
+    # The last measurement and the steps done at it.
     acceptance: AcceptanceReport | None = None
     acceptance_step: int = -1
     smoothed: float | None = None
     lowest: float = float("inf")
 
-    def run(self) -> Outcome:
+    def run(self, resume: bool) -> Outcome:
         config = self.setup.config
-        self.iterator = self.data.training()
+        with _writable(self.output):
+            self.output.mkdir(parents=True, exist_ok=True)
         self.state, self.frozen = self.setup.start()
-        self.output.mkdir(parents=True, exist_ok=True)
-        with Checkpoints(self.output, config.checkpoint, self._fingerprint()) as self.checkpoints:
-            self._restore()
-            if jax.process_index() == 0:
-                write_config(config, self.output / "config.yaml")
+        with Checkpoints(self.output, config.checkpoint, _fingerprint(self.setup, self.data)) as self.checkpoints:
+            if resume:
+                self._restore()
             begin = int(self.state.step)
-            with (
-                RunLog(
+            with _writable(self.output):
+                if jax.process_index() == 0:
+                    write_config(config, self.output / "config.yaml")
+                self.log = RunLog(
                     self.output,
                     total_steps=config.steps,
                     resume_step=begin,
                     process_index=jax.process_index(),
                     tensorboard=config.tensorboard,
-                ) as self.log,
-                _stop_signals() as stop,
-            ):
+                )
+            with self.log, _stop_signals() as stop:
                 reason = self._steps(begin, stop)
                 step = int(self.state.step)
                 self._save(step, wait=True)
-        result = self._write_result() if reason == "finished" else None
+        if reason == "finished":
+            self._write_result()
         if jax.process_index() == 0:
-            plot(self.output)
-        return Outcome(step, reason, result, self.acceptance)
+            self._plot()
+        return Outcome(step, reason, self.result if reason == "finished" else None, self.acceptance)
 
     def _restore(self) -> None:
-        if not self.resume:
-            return
         abstract = jax.tree.map(
             lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), self.state
         )
@@ -113,54 +130,71 @@ class _Run:
         if restored is None:
             raise UserError(f"{self.output} holds no whole checkpoint to go on from; train without --resume")
         step, self.state = restored
-        if step >= self.setup.config.steps:
+        # A run that was stopped after its last checkpoint still has its result to write.
+        if step >= self.setup.config.steps and self._has_result_of(step):
             raise UserError(f"{self.output} is trained to its last step ({step}); raise the steps to go on")
+
+    def _has_result_of(self, step: int) -> bool:
+        checkpoint = self.checkpoints.directory / str(step)
+        return self.result.exists() and self.result.stat().st_mtime >= checkpoint.stat().st_mtime
 
     def _steps(self, begin: int, stop: list[str]) -> str:
         """Run the steps; each one's numbers are read when the next is on its way."""
         config = self.setup.config
-        throughput = Throughput(jax.device_count())
-        late: tuple[int, Stage, StepResult] | None = None
-        number = begin
-        for number, stage, step in self._schedule(begin):
+        self.throughput = Throughput(jax.device_count())
+        late: tuple[int, StepResult] | None = None
+        for number, step in self._schedule(begin):
             if stop:
                 break
             arrays = next(self.iterator)
             self.recent.append((number, arrays))
             self.state, result = step(self.state, self.frozen, self.setup.place(arrays))
-            if late is not None:
-                self._report(*late, throughput)
-            late = (number, stage, result)
+            if late:
+                self._report(*late)
+            late = (number, result)
             done = number + 1
             last = done == config.steps
             if done % config.evaluation.every == 0 or last:
                 self._evaluate(done)
             if done % config.checkpoint.every == 0 and not last:
-                self._report(*late, throughput)
+                # A state that went wrong must not become a checkpoint.
+                self._report(*late)
                 late = None
                 self._save(done)
-        if late is not None:
-            self._report(*late, throughput)
+        if late:
+            self._report(*late)
         return stop[0] if stop else "finished"
 
-    def _schedule(self, begin: int) -> Iterator[tuple[int, Stage, jax.stages.Wrapped]]:
+    def _schedule(self, begin: int) -> Iterator[tuple[int, jax.stages.Wrapped]]:
+        """The numbers of the steps that are left, from 0, each with the compiled step of its stage."""
         config = self.setup.config
         first = 0
-        for stage in config.stages:
+        for index, stage in enumerate(config.stages):
             if begin < first + stage.steps:
                 self.smoothed, self.lowest = None, float("inf")
-                step = make_train_step(
-                    self.setup.builder, objective_of(config, stage), self.setup.optimizer, config.seed
-                )
+                objective = objective_of(config, stage)
+                step = make_train_step(self.setup.builder, objective, self.setup.optimizer, config.seed)
+                _tell(f"stage {index + 1} of {len(config.stages)}: {_describe(config, stage)}; compiling its step …")
                 for number in range(max(begin, first), first + stage.steps):
-                    yield number, stage, step
+                    yield number, step
             first += stage.steps
 
-    def _report(self, number: int, stage: Stage, result: StepResult, throughput: Throughput) -> None:
-        config = self.setup.config
+    def _report(self, number: int, result: StepResult) -> None:
+        """Write the numbers of a step; raises UserError where they say that the run has gone wrong."""
         losses = jax.device_get(result.losses)
-        norm, finite = float(result.gradient_norm), bool(result.finite)
-        noisy_rows, clean_rows = int(losses.noisy_rows), int(losses.clean_rows)
+        values = self._values(number, losses, float(result.gradient_norm))
+        if self.acceptance is not None and self.acceptance_step == number + 1:
+            values |= acceptance_values(self.acceptance)
+        self.log.log(number + 1, values)
+        if losses.noisy_rows or losses.clean_rows:
+            self._check_loss(number, float(losses.total), bool(result.finite))
+        elif number == 0:
+            raise UserError("no token of the first batch carries loss; check the loss mask of the data")
+
+    def _values(self, number: int, losses: Losses, gradient_norm: float) -> dict[str, Any]:
+        """The numbers of a step, on all processes, for metrics.jsonl."""
+        config = self.setup.config
+        index, stage = _stage_at(config, number)
         arrays = self._arrays_of(number)
         # Of this process; the others have as many but for the padding.
         tokens, document_length = document_tokens(arrays["segment_ids"], arrays["positions"])
@@ -170,39 +204,36 @@ class _Run:
             self.setup.builder.config,
             config.mode,
             tokens=tokens,
-            noisy_rows=noisy_rows,
+            noisy_rows=int(losses.noisy_rows),
             length=document_length,
             block_size=stage.block_size,
-            clean_rows=clean_rows,
+            clean_rows=int(losses.clean_rows),
             rank=adapter.rank if adapter else 0,
             target_modules=adapter.target_modules if adapter else (),
             soft=stage.noisy_loss != "ce",
         )
-        values: dict[str, Any] = {
-            "loss": float(losses.total),
-            "loss_noisy": float(losses.noisy),
-            "loss_clean": float(losses.clean),
-            "noisy_by_depth": [float(value) for value in losses.noisy_by_depth],
-            "noisy_rows": noisy_rows,
-            "clean_rows": clean_rows,
+        values: dict[str, Any] = {"stage": index, "loss": float(losses.total), "loss_clean": float(losses.clean)}
+        if config.mode != "ar":
+            values |= {
+                "loss_noisy": float(losses.noisy),
+                "noisy_loss": stage.noisy_loss,
+                "noisy_by_depth": [float(value) for value in losses.noisy_by_depth],
+                "block_size": stage.block_size,
+                "groups_left_out": int(losses.left_out),
+            }
+        return values | {
+            "noisy_rows": int(losses.noisy_rows),
+            "clean_rows": int(losses.clean_rows),
             "tokens": tokens,
-            "groups_left_out": int(losses.left_out),
-            "gradient_norm": norm,
-            "learning_rate": float(learning_rate_schedule(config)(number)),
-            "block_size": stage.block_size,
-            **throughput.step(tokens, flops),
+            "gradient_norm": gradient_norm,
+            "learning_rate": float(np.asarray(learning_rate_schedule(config)(number))),
+            **self.throughput.step(tokens, flops),
         }
-        if self.acceptance is not None and self.acceptance_step == number:
-            values |= acceptance_values(self.acceptance)
-        self.log.log(number + 1, values)
-        if noisy_rows == 0 and clean_rows == 0:
-            raise UserError(f"step {number + 1}: no token of the batch carries loss; check the loss mask of the data")
-        self._check_loss(number, float(losses.total), finite)
 
     def _check_loss(self, number: int, loss: float, finite: bool) -> None:
         """Stop on a loss that is not a number or has run away, with the inputs of the step saved."""
         if not finite:
-            self._stop_bad(number, f"loss {loss} or its gradient is not a number")
+            self._stop_bad(number, f"the loss ({loss:.3g}) or its gradient is not a finite number")
         self.smoothed = loss if self.smoothed is None else (1 - _SMOOTHING) * self.smoothed + _SMOOTHING * loss
         self.lowest = min(self.lowest, self.smoothed)
         factor = self.setup.config.divergence
@@ -211,59 +242,57 @@ class _Run:
 
     def _stop_bad(self, number: int, what: str) -> None:
         file = self.output / f"bad_step_{number + 1}.process_{jax.process_index()}.npz"
-        np.savez_compressed(file, step=number, seed=self.setup.config.seed, **self._arrays_of(number))
-        raise UserError(
-            f"step {number + 1}: {what}; stopped. The step's inputs are in {file}, the last checkpoint stays: resume "
-            "with a lower learning rate, or start again"
-        )
+        content = io.BytesIO()
+        inputs: dict[str, Any] = {"step": number, "seed": self.setup.config.seed, **self._arrays_of(number)}
+        np.savez_compressed(content, **inputs)
+        try:
+            write_file(file, content.getvalue())
+            where = f"the step's inputs are in {file}"
+        except OSError as error:
+            where = f"the step's inputs could not be written ({error.strerror})"
+        self.checkpoints.wait()
+        steps = self.checkpoints.steps
+        advice = f"go on from step {steps[-1]} (--resume)" if steps else "start again"
+        raise UserError(f"step {number + 1}: {what}; {where}; {advice} with a lower optimizer.learning_rate")
 
     def _arrays_of(self, number: int) -> dict[str, np.ndarray]:
         return next(arrays for step, arrays in self.recent if step == number)
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, done: int) -> None:
         config = self.setup.config
         if not config.evaluation.documents or config.mode == "ar":
             return
-        stage = _stage_at(config, step - 1)
         self.acceptance = measure(
             self.setup.builder,
             {**self.frozen, **self.state.params},
             self.data.held_out(),
-            stage.block_size,
+            _stage_at(config, done - 1)[1].block_size,
             gated=config.mode != "lora",
             seed=config.seed,
             attention=config.attention,
             chunk=config.loss_chunk,
         )
-        self.acceptance_step = step - 1
+        self.acceptance_step = done
 
     def _save(self, step: int, wait: bool = False) -> None:
-        fresh = self.acceptance if self.acceptance_step == step - 1 else None
+        fresh = self.acceptance if self.acceptance_step == step else None
         metric = sum(fresh.temperatures[0].prefix) if fresh else None
         self.checkpoints.save(step, self.state, self.iterator, metric, wait=wait)
 
-    def _fingerprint(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to fit this run."""
-        builder, config = self.setup.builder, self.setup.config
-        return {
-            "mode": config.mode,
-            "model": str(builder.config),
-            "adapter": str(builder.adapter),
-            "tokenizer": tokenizer_hash(self.setup.source.tokenizer()),
-            "frozen": list(config.freeze),
-        }
-
-    def _write_result(self) -> Path:
+    def _write_result(self) -> None:
         params: Flat = self.state.params
-        if self.setup.builder.adapter:
-            target = self.output / "adapter"
-            adapter = trained_adapter(self.setup, params)
-            if jax.process_index() == 0:
-                save_adapter(adapter, target, self.setup.config.model, overwrite=True)
-            return target
-        target = self.output / "model"
-        save_model(self.setup.source, self.setup.builder.config, {**self.frozen, **params}, target)
-        return target
+        if not self.setup.builder.adapter:
+            save_model(self.setup.source, self.setup.builder.config, {**self.frozen, **params}, self.result)
+            return
+        adapter = trained_adapter(self.setup, params)
+        if jax.process_index() == 0:
+            save_adapter(adapter, self.result, self.setup.config.model, overwrite=True)
+
+    def _plot(self) -> None:
+        try:
+            plot(self.output)
+        except OSError as error:
+            _tell(f"cannot draw the curves of {self.output} ({error.strerror})")
 
 
 def acceptance_values(report: AcceptanceReport) -> dict[str, Any]:
@@ -278,29 +307,81 @@ def acceptance_values(report: AcceptanceReport) -> dict[str, Any]:
     }
 
 
-def _stage_at(config: TrainConfig, number: int) -> Stage:
-    for stage in config.stages:
+def _fingerprint(setup: Setup, data: Data) -> dict[str, Any]:
+    """What must be the same for a checkpoint to fit a run."""
+    builder, config = setup.builder, setup.config
+    adapter = asdict(builder.adapter) if builder.adapter else {}
+    # The base may have been moved; one of its matrices tells whether it is the same.
+    adapter.pop("base_model", None)
+    matrix = next(weight for weight in layer_weights(builder.config, 0) if weight.path.endswith("k_proj.kernel"))
+    lengths = data.documents.lengths()
+    return {
+        "mode": config.mode,
+        "model": asdict(builder.config),
+        "base_weights": zlib.crc32(np.ascontiguousarray(setup.source.read(matrix)).view(np.uint8)),
+        "adapter": adapter,
+        "tokenizer": tokenizer_hash(setup.source.tokenizer()),
+        "freeze": list(config.freeze),
+        # The position in the data means nothing in other data, or in rows packed otherwise.
+        "data": {
+            "documents": len(lengths),
+            "document_lengths": zlib.crc32(lengths),
+            "length": config.length,
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            "held_out": config.evaluation.documents,
+        },
+    }
+
+
+def _describe(config: TrainConfig, stage: Stage) -> str:
+    loss = "next-token loss" if config.mode == "ar" else f"B = {stage.block_size}, {stage.noisy_loss}, {stage.starts}"
+    return f"{stage.steps} steps, {loss}"
+
+
+def _tell(line: str) -> None:
+    """One line on stderr, once for all processes, above a progress bar if there is one."""
+    if jax.process_index() == 0:
+        tqdm.write(line, file=sys.stderr)
+
+
+@contextmanager
+def _writable(output: Path) -> Iterator[None]:
+    """The errors of a place that cannot be written to, as the user's."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}") from None
+
+
+def _stage_at(config: TrainConfig, number: int) -> tuple[int, Stage]:
+    """The stage of a step, both counted from 0."""
+    for index, stage in enumerate(config.stages):
         if number < stage.steps:
-            return stage
+            return index, stage
         number -= stage.steps
-    return config.stages[-1]
+    raise ValueError("there is no such step")
 
 
 @contextmanager
 def _stop_signals() -> Iterator[list[str]]:
-    """A list that a SIGTERM or SIGINT puts its name into, so that the loop ends after a whole step and saves."""
+    """A list that a SIGTERM or SIGINT puts its name into, so that the loop ends after a whole step and saves.
+
+    From then on both do what they did before: whoever sends a second one wants no checkpoint.
+    """
     stop: list[str] = []
 
     def handle(number: int, frame: Any) -> None:
-        name = signal.Signals(number).name
-        if stop:
-            raise KeyboardInterrupt
-        stop.append(name)
-        print(f"\n{name}: saving after this step (once more to stop at once)", file=sys.stderr, flush=True)
+        stop.append(signal.Signals(number).name)
+        restore()
+        _tell(f"{stop[0]}: saving after this step (once more to stop at once)")
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()

@@ -34,6 +34,7 @@ FILE, CURVES = "metrics.jsonl", "loss_curve.png"
 _LINES, _LINE_SECONDS = 20, 30.0
 # Steps whose median time the speed is computed from.
 _SPEED_STEPS = 20
+_LOSS_COLORS = {"noisy": "#d55e00", "ce": "#d55e00", "kl": "#e69f00", "tv": "#cc79a7", "clean": "#0072b2"}
 # Dense bf16 FLOP/s of a device, by how its kind begins; first match. Others have no MFU.
 _PEAK_FLOPS = {
     "NVIDIA H100 PCIe": 756e12,
@@ -102,8 +103,8 @@ class RunLog:
             if self._board:
                 self._board.close()
 
-    def log(self, step: int, values: Mapping[str, float | Sequence[float]]) -> None:
-        """Write the numbers of a step (from 1); numbers that are none become null."""
+    def log(self, step: int, values: Mapping[str, float | Sequence[float] | str]) -> None:
+        """Write the numbers of a step (from 1), and names; numbers that are none become null."""
         if not self._writes:
             return
         numbers = {name: _plain(value) for name, value in values.items()}
@@ -310,6 +311,8 @@ def _open_board(directory: Path, resume_step: int) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
     if isinstance(value, Sequence):
         return [_plain(part) for part in value]
     return value if math.isfinite(value) else None
@@ -319,7 +322,7 @@ def _scalars(numbers: dict[str, Any]) -> list[tuple[str, float]]:
     flat = []
     for name, value in numbers.items():
         parts = {f"{name}/{i}": part for i, part in enumerate(value, 1)} if isinstance(value, list) else {name: value}
-        flat += [(key, part) for key, part in parts.items() if part is not None]
+        flat += [(key, part) for key, part in parts.items() if isinstance(part, int | float)]
     return flat
 
 
@@ -342,17 +345,23 @@ def _draw_losses(axis: "Axes", entries: list[dict[str, Any]]) -> None:
     """Each loss faintly as it is, and its running mean over a fiftieth of the run, in every stage anew."""
     steps = [entry["step"] for entry in entries]
     stages = _stages(entries)
-    for name, label, color in (("loss_noisy", "noisy", "#d55e00"), ("loss_clean", "clean", "#0072b2")):
+    labels: set[str] = set()
+    for name, label in (("loss_noisy", "noisy"), ("loss_clean", "clean")):
         values = _series(entries, name)
         # A stream that a mode does not train has loss 0 throughout.
         if not np.any(np.nan_to_num(values)):
             continue
-        axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         for begin, end in stages:
+            # The noisy losses are of different scales: a line of its own for each.
+            kind = entries[begin].get("noisy_loss") if name == "loss_noisy" else None
+            text = f"{label} ({kind})" if kind else label
+            color = _LOSS_COLORS[kind or label]
+            axis.plot(steps[begin:end], values[begin:end], color=color, alpha=0.25, linewidth=0.8)
             mean = _running_mean(values[begin:end], max(1, len(entries) // 50))
-            axis.plot(steps[begin:end], mean, color=color, label=label if begin == 0 else None)
+            axis.plot(steps[begin:end], mean, color=color, label=None if text in labels else text)
+            labels.add(text)
     axis.set(ylabel="loss")
-    if axis.lines:
+    if labels:
         axis.legend(frameon=False)
     if len(stages) > 1:
         for begin, _ in stages:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ def _plan(setup: Setup) -> Plan:
     state = jax.eval_shape(lambda params: init_state(params, setup.optimizer), params)
     parts, rows = config.accumulation, config.batch_size // config.accumulation
 
-    def field(dtype: type) -> jax.ShapeDtypeStruct:
+    def field(dtype: Any) -> Any:
         sharding = NamedSharding(setup.mesh, PartitionSpec(None, BATCH_AXES, None))
         return jax.ShapeDtypeStruct((parts, rows, config.length), dtype, sharding=sharding)
 
@@ -61,6 +62,7 @@ def _plan(setup: Setup) -> Plan:
     widest = max(range(len(objectives)), key=rows_of.__getitem__)
     step = make_train_step(builder, objectives[widest], setup.optimizer, config.seed)
     analysis = step.lower(state, frozen, batch).compile().memory_analysis()
+    assert analysis is not None, "every backend of ours tells the memory of a program"
     weights = [
         (name, array.shape, str(array.dtype), _bytes(array), name in params)
         for name, array in (params | frozen).items()
