@@ -131,6 +131,27 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: jnp.dtype) -> Params
     return build_params(config, make)
 
 
+# Orbax has types of its own for trees, so these two say Any.
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts to one dict with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, node in tree.items():
+        flat |= flatten(node, f"{prefix}{name}.") if isinstance(node, Mapping) else {prefix + name: node}
+    return flat
+
+
+def nest(flat: Mapping[str, Any]) -> Any:
+    """The inverse of ``flatten``."""
+    tree: Params = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
 def stack_layers(params: Params) -> Params:
     """Unstacked to stacked: one tree with a leading layer axis, what training scans over (design.md 5)."""
     return {**params, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"])}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from idlm_jax.backbone.weights import Weight, weight_table
+from idlm_jax.backbone.weights import Weight, flatten, nest, weight_table
 from idlm_jax.checkpoint import companions
 from idlm_jax.checkpoint.arrays import as_bytes, contiguous
 from idlm_jax.checkpoint.atomic import new_directory, require_space
@@ -93,7 +93,7 @@ class OrbaxSource:
     def _check_tree(self) -> dict[str, np.dtype]:
         """Dtype of every tensor; raises UserError unless the stored tree is that of the weight table."""
         try:
-            stored = _flatten(ocp.metadata(str(self.path / PARAMS)).metadata)
+            stored = flatten(ocp.metadata(str(self.path / PARAMS)).metadata)
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged directory
             raise self._damaged(error) from None
         expected = {weight.path: weight.shape for weight in weight_table(self.config)}
@@ -112,10 +112,10 @@ class OrbaxSource:
         context.pytree.loading.partial_load = True
         try:
             with context:
-                tree = ocp.load(str(self.path / PARAMS), _nest({weight.path: np.ndarray for weight in batch}))
+                tree = ocp.load(str(self.path / PARAMS), nest({weight.path: np.ndarray for weight in batch}))
         except Exception as error:  # as above
             raise self._damaged(error) from None
-        arrays = _flatten(tree)
+        arrays = flatten(tree)
         for path, array in arrays.items():
             checksum = self.manifest.get("crc32", {}).get(path)
             if checksum is not None and zlib.crc32(as_bytes(array)) != checksum:
@@ -161,7 +161,7 @@ def write_orbax(
                 checksums[weight.path] = zlib.crc32(as_bytes(arrays[weight.path]))
             written = sum(map(size, batch))
             require_space(directory, written)
-            ocp.partial.save(params, _nest(arrays))
+            ocp.partial.save(params, nest(arrays))
             progress(written)
         ocp.partial.finalize(params)
         source.copy_companions(directory)
@@ -215,21 +215,3 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if found > FORMAT_VERSION:
         raise UserError(f"{path}: format version {found} is newer than this idlm_jax reads ({FORMAT_VERSION}); upgrade")
     return manifest
-
-
-def _nest(leaves: dict[str, Any]) -> Any:  # Orbax has a type of its own for trees
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for name, node in tree.items():
-        leaves |= _flatten(node, f"{prefix}{name}.") if isinstance(node, dict) else {prefix + name: node}
-    return leaves

@@ -8,10 +8,11 @@ begins in a small place and moves, cache and all, to a larger one when it has fi
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import batched
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,19 +76,19 @@ class Finished:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Admission:
-    """Requests on their way into places, as host arrays; padded with a place that does not exist."""
+    """Requests on their way into places, padded with a place that does not exist."""
 
-    place: Int[np.ndarray, " F"]
+    place: Int[Array, " F"]
     # Which prefilled prompt is the request's.
-    row: Int[np.ndarray, " F"]
-    length: Int[np.ndarray, " F"]
-    pending: Int[np.ndarray, " F"]
-    max_tokens: Int[np.ndarray, " F"]
-    eos: Int[np.ndarray, "F E"]
-    temperature: Float[np.ndarray, " F"]
-    top_k: Int[np.ndarray, " F"]
-    top_p: Float[np.ndarray, " F"]
-    seed: UInt[np.ndarray, " F"]
+    row: Int[Array, " F"]
+    length: Int[Array, " F"]
+    pending: Int[Array, " F"]
+    max_tokens: Int[Array, " F"]
+    eos: Int[Array, "F E"]
+    temperature: Float[Array, " F"]
+    top_k: Int[Array, " F"]
+    top_p: Float[Array, " F"]
+    seed: UInt[Array, " F"]
 
 
 @jax.tree_util.register_dataclass
@@ -323,8 +324,10 @@ class SlotBatch:
         for row, params in zip(eos, sampling, strict=True):
             ends = end_tokens(self._model, params)
             row[: len(ends)] = ends
-        # Of numpy: each jnp call here would be one more launch.
-        ints, floats = partial(np.asarray, dtype=np.int32), partial(np.asarray, dtype=np.float32)
+        # Arrays of numpy: each jnp call here would be one more launch.
+        ints: Callable[[Any], Any] = partial(np.asarray, dtype=np.int32)
+        floats: Callable[[Any], Any] = partial(np.asarray, dtype=np.float32)
+        seeds: Any = np.asarray([params.seed or 0 for params in sampling], np.uint32)
         return _Admission(
             place=ints(places),
             row=ints(rows),
@@ -335,7 +338,7 @@ class SlotBatch:
             temperature=floats([params.temperature for params in sampling]),
             top_k=ints([max(params.top_k, 0) for params in sampling]),
             top_p=floats([params.top_p for params in sampling]),
-            seed=np.asarray([params.seed or 0 for params in sampling], np.uint32),
+            seed=seeds,
         )
 
 

@@ -75,7 +75,7 @@ def training_loss(
         batch = replace(batch, loss_mask=batch.segment_ids > 0)
     clean_adapter_from = 0 if objective.mode == "lora" else None
     clean_hidden, states = clean_stream(model, batch, clean_adapter_from, objective.attention)
-    clean, clean_rows = jnp.float32(0), jnp.int32(0)
+    clean, clean_rows, clean_losses = jnp.float32(0), jnp.int32(0), None
     if objective.has_clean_loss:
         clean_losses = _row_losses("ce", clean_hidden, head, batch.next_tokens, None, objective)
         clean = jnp.sum(_clean_weights(batch, objective) * clean_losses)
@@ -87,7 +87,7 @@ def training_loss(
     noisy_rows, row_losses = noisy_losses(model, batch, objective, key, clean_hidden, states, head)
     noisy_weights, first_weights = _noisy_weights(batch, noisy_rows, objective)
     noisy = jnp.sum(noisy_weights * row_losses)
-    if objective.has_clean_loss:
+    if clean_losses is not None:
         # The prompt's last row sees the same in both streams, so its noisy loss is its clean one.
         noisy += jnp.sum(first_weights * clean_losses)
         balance = jax.lax.stop_gradient(noisy) / (jax.lax.stop_gradient(clean) + _BALANCE_EPSILON)

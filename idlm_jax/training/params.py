@@ -4,10 +4,9 @@ Layers are stacked (design.md 5). Names are those of the weight table without th
 ``adapter.layers.<module>.<projection>.a`` / ``.b`` and ``adapter.mask_embedding``.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -16,33 +15,13 @@ from jaxtyping import Array, Float
 from idlm_jax.backbone.adapter import Adapter, AdapterConfig, adapter_shapes, init_adapter
 from idlm_jax.backbone.qwen3 import Qwen3, Remat
 from idlm_jax.backbone.sharding import ShardingRules
-from idlm_jax.backbone.weights import Params, build_params, stack_layers
+from idlm_jax.backbone.weights import Params, build_params, flatten, nest, stack_layers
 from idlm_jax.config import ModelConfig
 from idlm_jax.errors import UserError, did_you_mean
 
 Flat = dict[str, Array]
 ADAPTER = "adapter"
 MASK_EMBEDDING = f"{ADAPTER}.mask_embedding"
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts to dotted names."""
-    flat: dict[str, Any] = {}
-    for name, node in tree.items():
-        flat |= flatten(node, f"{prefix}{name}.") if isinstance(node, Mapping) else {prefix + name: node}
-    return flat
-
-
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted names to nested dicts."""
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from idlm_jax.backbone.adapter import Adapter, AdapterConfig
 from idlm_jax.backbone.qwen3 import Remat
 from idlm_jax.backbone.sharding import BATCH_AXES, MESH_AXES, weight_sharding
+from idlm_jax.backbone.weights import nest
 from idlm_jax.checkpoint.open import load_params, open_source
 from idlm_jax.checkpoint.peft import load_adapter
 from idlm_jax.checkpoint.source import WeightSource, find_mask_token
@@ -33,7 +34,6 @@ from idlm_jax.training.params import (
     flat_adapter,
     flat_base,
     fresh_adapter,
-    nest,
     split_trained,
     trained_names,
 )
