@@ -15,6 +15,7 @@ from idlm_jax.backbone.weights import init_params  # noqa: E402
 from idlm_jax.training.config import OptimizerSettings, Stage, TrainConfig  # noqa: E402
 from idlm_jax.training.params import Flat, ModelBuilder, flat_adapter, flat_base, split_trained  # noqa: E402
 from idlm_jax.training.step import TrainState, init_state, make_optimizer, make_train_step, objective_of  # noqa: E402
+from pallas_kernels.range_attention import api, reference  # noqa: E402
 from tests.decoding.support import tiny_adapter, tiny_config  # noqa: E402
 from tests.training.support import random_batch  # noqa: E402
 
@@ -28,7 +29,9 @@ CASES = {
 }
 
 
-def run(mode: str, stage: Stage, shape: tuple[int, int, int] | None) -> tuple[list[float], Flat, TrainState]:
+def run(
+    mode: str, stage: Stage, shape: tuple[int, int, int] | None, attention: str = "auto"
+) -> tuple[list[float], Flat, TrainState]:
     """Losses and weights after some steps; no mesh at all for None."""
     config = TrainConfig(
         "",
@@ -42,6 +45,7 @@ def run(mode: str, stage: Stage, shape: tuple[int, int, int] | None) -> tuple[li
         batch_size=16,
         accumulation=2,
         loss_chunk=8,
+        attention=attention,
     )
     model = tiny_config(vocab_size=VOCAB)
     adapter = tiny_adapter(model) if mode.endswith("lora") else None
@@ -82,8 +86,22 @@ def run(mode: str, stage: Stage, shape: tuple[int, int, int] | None) -> tuple[li
         return losses, after, state
 
 
+def check_wrapped_kernels() -> None:
+    """A kernel that works on its own shard, in the place of cuDNN's, trains like the reference on the whole."""
+    stage, _ = CASES["gated-lora"]
+    losses, _, _ = run("gated-lora", stage, None)
+    api.cudnn.range_attention = reference.range_attention
+    for shape in ((2, 1, 1), (2, 2, 2)):
+        wrapped_losses, _, _ = run("gated-lora", stage, shape, attention="cudnn")
+        np.testing.assert_allclose(wrapped_losses, losses, rtol=2e-6, err_msg=f"wrapped {shape}")
+        print("wrapped", shape, "ok", flush=True)
+
+
 def main() -> None:
-    """Compare the modes named on the command line."""
+    """Compare the modes named on the command line, or for ``wrapped`` a kernel under shard_map."""
+    if sys.argv[1:] == ["wrapped"]:
+        check_wrapped_kernels()
+        return
     for mode in sys.argv[1:]:
         stage, meshes = CASES[mode]
         losses, params, _ = run(mode, stage, None)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("mode", ["full", "gated-lora", "lora", "ar"])
+@pytest.mark.parametrize("mode", ["full", "gated-lora", "lora", "ar", "wrapped"])
 def test_steps_on_a_mesh_equal_steps_on_one_device(mode):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.training.mesh_check", mode]
