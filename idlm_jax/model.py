@@ -254,9 +254,9 @@ def load(
 ) -> LanguageModel:
     """Load a model from a Hugging Face directory or Hub id, a GGUF file, or one of our checkpoints.
 
-    ``adapter`` is a PEFT LoRA directory (or Hub id). ``dtype`` is "bfloat16" or "float32" (default: as stored, GGUF as
-    bfloat16). ``mask_token`` (text or id) is for models that name none themselves. Raises UserError when anything is
-    missing, damaged, or does not fit together.
+    ``adapter`` is a PEFT LoRA: a directory, a Hub id, or "smollm2-n4", which comes with the package. ``dtype`` is
+    "bfloat16" or "float32" (default: as stored, GGUF as bfloat16). ``mask_token`` (text or id) is for models that name
+    none themselves. Raises UserError when anything is missing, damaged, or does not fit together.
     """
     source = open_source(model)
     config = source.config

@@ -20,6 +20,7 @@ from idlm_jax.checkpoint.atomic import new_directory
 from idlm_jax.checkpoint.companions import read_json, write_json
 from idlm_jax.checkpoint.open import download_from_hub
 from idlm_jax.checkpoint.safetensors import StoredTensor
+from idlm_jax.checkpoint.shipped import shipped_directory
 from idlm_jax.config import ModelConfig
 from idlm_jax.errors import UserError, did_you_mean, require_known_keys
 
@@ -41,14 +42,15 @@ NAMES_SHOWN = 3
 _TENSOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
 
 
-def load_adapter(path_or_hub_id: str | Path, config: ModelConfig) -> Adapter:
-    """Read a PEFT LoRA directory or Hub id for a model; matrices keep their stored dtype.
+def load_adapter(adapter: str | Path, config: ModelConfig) -> Adapter:
+    """Read a PEFT LoRA for a model; matrices keep their stored dtype.
 
+    ``adapter`` is a directory, the name of an adapter that comes with the package (``shipped.SHIPPED``), or a Hub id.
     Raises UserError for an adapter that is damaged, incomplete, of an unsupported kind, or made for another model.
     """
-    path = Path(path_or_hub_id).expanduser()
+    path = Path(adapter).expanduser()
     if not path.exists():
-        path = download_from_hub(str(path_or_hub_id), path)
+        path = shipped_directory(str(adapter)) or download_from_hub(str(adapter), path)
     if not (path / CONFIG_FILE).is_file():
         raise UserError(f"{path}: no {CONFIG_FILE}; give the directory of a PEFT adapter")
     if not (path / WEIGHTS_FILE).is_file() and (path / "adapter_model.bin").is_file():
@@ -71,9 +73,9 @@ def load_adapter(path_or_hub_id: str | Path, config: ModelConfig) -> Adapter:
     mask_embedding = _mask_embedding(path)
     if mask_embedding is not None:
         params["mask_embedding"] = mask_embedding
-    adapter = Adapter(adapter_config, params)
-    adapter.check_fits(config, str(path))
-    return adapter
+    loaded = Adapter(adapter_config, params)
+    loaded.check_fits(config, str(path))
+    return loaded
 
 
 def save_adapter(adapter: Adapter, target: Path, base_model: str | None = None, overwrite: bool = False) -> None:

@@ -21,9 +21,11 @@ Model = Annotated[str, arg(metavar="MODEL")]
 class ModelFlags:
     """Which model, and in what precision."""
 
-    # PEFT LoRA directory (or Hub id) that teaches the model to draft; acts on mask rows only, so the text stays the
-    # base model's.
-    adapter: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="(default: none)")] = None
+    # PEFT LoRA that teaches the model to draft: a directory, a Hub id, or "smollm2-n4", which comes with the package;
+    # acts on mask rows only, so the text stays the base model's.
+    adapter: Annotated[
+        str | None, arg(metavar="ADAPTER", help_behavior_hint="(default: none; of the demo: smollm2-n4)")
+    ] = None
     # Of weights and cache.
     dtype: Annotated[
         str | None,

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from idlm_jax.decoding.generate import DecodeStats
     from idlm_jax.decoding.text import Piece
     from idlm_jax.evaluation.equivalence import Comparison
     from idlm_jax.model import Generation, LanguageModel
@@ -64,7 +65,7 @@ def statistics(answer: "Generation") -> str:
     """One line about how an answer was decoded."""
     stats, parts = answer.stats, []
     if answer.decode.stride > 1:
-        parts.append(f"acceptance {acceptance(answer)}, {stats.cold_share:.0%} cold rounds")
+        parts.append(f"acceptance {acceptance(stats)}, {stats.cold_share:.0%} cold rounds")
     parts.append(f"{answer.seconds:.2f} s ({answer.tokens_per_second:.1f} tokens/s)")
     if answer.sampling.temperature > 0:
         parts.append(f"seed {answer.sampling.seed}")
@@ -74,50 +75,65 @@ def statistics(answer: "Generation") -> str:
     return "; ".join([forwards, *parts])
 
 
-def acceptance(answer: "Generation") -> str:
+def acceptance(stats: "DecodeStats") -> str:
     """P_k, the share of verifying rounds that accepted the first k drafts, for k = 1, 2, …"""
-    return " ".join(f"{share:.2f}" for share in answer.stats.acceptance)
+    return " ".join(f"{share:.2f}" for share in stats.acceptance)
 
 
-def comparison_table(comparison: "Comparison") -> Table:
-    """One column for AR and one for every other way."""
-    from idlm_jax.evaluation.equivalence import describe
+def comparison_table(comparisons: Sequence["Comparison"]) -> Table:
+    """One column for AR and one for every other way; totals over the prompts, which were answered one after another."""
+    from idlm_jax.evaluation.equivalence import describe, totals
 
-    answers = [comparison.reference, *comparison.candidates]
-    table = Table("", *(describe(answer.decode) for answer in answers), box=SIMPLE_HEAD, pad_edge=False)
+    ways = totals(comparisons)
+    ar_speed = ways[0].tokens_per_second
+    table = Table("", *(describe(way.decode) for way in ways), box=SIMPLE_HEAD, pad_edge=False)
 
     def add(label: str, cells: Sequence[str]) -> None:
         table.add_row(label, *cells)
 
-    add("tokens", [str(a.stats.tokens) for a in answers])
-    add("forwards", [str(a.stats.forwards) for a in answers])
-    add("tokens a forward (TPF)", [f"{a.stats.tokens_per_forward:.2f}" for a in answers])
-    add("acceptance by depth P_k", [acceptance(a) or "-" for a in answers])
-    add("cold rounds", [f"{a.stats.cold_share:.0%}" if a.decode.stride > 1 else "-" for a in answers])
-    add("seconds of decoding", [f"{a.seconds:.2f}" for a in answers])
-    add("tokens a second", [f"{a.tokens_per_second:.1f}" for a in answers])
-    same = ["yes" if at is None else f"up to token {at}" for at in comparison.first_differences]
-    add("same tokens as AR", ["-", *same])
+    add("tokens", [str(way.stats.tokens) for way in ways])
+    add("forwards", [str(way.stats.forwards) for way in ways])
+    add("tokens a forward (TPF)", [f"{way.stats.tokens_per_forward:.2f}" for way in ways])
+    add("acceptance by depth P_k", [acceptance(way.stats) or "-" for way in ways])
+    add("cold rounds", [f"{way.stats.cold_share:.0%}" if way.decode.stride > 1 else "-" for way in ways])
+    add("seconds of decoding", [f"{way.seconds:.2f}" for way in ways])
+    add("tokens a second", [f"{way.tokens_per_second:.1f}" for way in ways])
+    add("speed, AR = 1", [f"{way.tokens_per_second / ar_speed:.2f}" if ar_speed else "-" for way in ways])
+    add("same tokens as AR", ["-", *map(_sameness, zip(*(c.first_differences for c in comparisons), strict=True))])
     return table
+
+
+def _sameness(first_differences: Sequence[int | None]) -> str:
+    """Of one way to decode, over all prompts."""
+    same = first_differences.count(None)
+    if same == len(first_differences):
+        return "yes"
+    many = len(first_differences) > 1
+    return f"{same} of {len(first_differences)} texts" if many else f"up to token {first_differences[0]}"
 
 
 def show_comparison(console: Console, model: "LanguageModel", comparison: "Comparison") -> None:
     """The text, once if all ways agree, and the table."""
+    show_texts(console, model, comparison)
+    console.print(comparison_table([comparison]))
+    if not comparison.identical:
+        console.print(why_different(model, comparison), soft_wrap=True)
+
+
+def show_texts(console: Console, model: "LanguageModel", comparison: "Comparison") -> None:
+    """The text, once if all ways agree; else every text and where it first differs from AR's."""
     from idlm_jax.evaluation.equivalence import describe
 
     reference = comparison.reference
     if comparison.identical:
         _show_text(console, "AR and ISD, identical", reference.text)
-    else:
-        _show_text(console, "AR", reference.text)
-        for other, at in zip(comparison.candidates, comparison.first_differences, strict=True):
-            _show_text(console, describe(other.decode), other.text if at is not None else "(identical)")
-            if at is not None:
-                ours, theirs = (_token(model, answer, at) for answer in (other, reference))
-                console.print(f"[bold]first difference[/] at token {at}: {escape(ours)}, AR {escape(theirs)}")
-    console.print(comparison_table(comparison))
-    if not comparison.identical:
-        console.print(_why_different(model, comparison), soft_wrap=True)
+        return
+    _show_text(console, "AR", reference.text)
+    for other, at in zip(comparison.candidates, comparison.first_differences, strict=True):
+        _show_text(console, describe(other.decode), other.text if at is not None else "(identical)")
+        if at is not None:
+            ours, theirs = (_token(model, answer, at) for answer in (other, reference))
+            console.print(f"[bold]first difference[/] at token {at}: {escape(ours)}, AR {escape(theirs)}")
 
 
 def _show_text(console: Console, label: str, text: str) -> None:
@@ -131,7 +147,8 @@ def _token(model: "LanguageModel", answer: "Generation", position: int) -> str:
     return f"{model.tokenizer.decode([token])!r} ({token})"
 
 
-def _why_different(model: "LanguageModel", comparison: "Comparison") -> str:
+def why_different(model: "LanguageModel", comparison: "Comparison") -> str:
+    """One sentence on what a differing text means."""
     if not comparison.must_agree:
         return "The ratio coupling gives another sample of the same distribution; gumbel gives the very text of AR."
     if model.model.dtype == "bfloat16":

@@ -109,6 +109,17 @@ def stats_from_history(history: np.ndarray, kept: int, stride: int) -> DecodeSta
     return DecodeStats(kept, len(emitted), int(np.sum(used < 0)) if stride > 1 else 0, accepted, tuple(emitted))
 
 
+def total_stats(parts: Sequence[DecodeStats]) -> DecodeStats:
+    """The statistics of several requests of the same stride together."""
+    return DecodeStats(
+        tokens=sum(part.tokens for part in parts),
+        forwards=sum(part.forwards for part in parts),
+        cold_rounds=sum(part.cold_rounds for part in parts),
+        accepted=tuple(map(sum, zip(*(part.accepted for part in parts), strict=True))),
+        emitted_by_round=tuple(count for part in parts for count in part.emitted_by_round),
+    )
+
+
 @dataclass(frozen=True)
 class Emission:
     """What one request has emitted so far."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from idlm_jax.decoding.config import DecodeConfig
-from idlm_jax.decoding.generate import SamplingParams
+from idlm_jax.decoding.generate import DecodeStats, SamplingParams, total_stats
 from idlm_jax.model import Generation, LanguageModel, Prompt
 
 
@@ -30,6 +30,29 @@ class Comparison:
         """Whether exact arithmetic makes the texts equal; otherwise they only follow the same distribution."""
         greedy = self.reference.sampling.temperature == 0
         return greedy or all(other.decode.coupling == "gumbel" for other in self.candidates)
+
+
+@dataclass(frozen=True)
+class Total:
+    """What one way to decode took for several prompts, answered one after another."""
+
+    decode: DecodeConfig
+    stats: DecodeStats
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens over the time of decoding, without prefill and compilation."""
+        return self.stats.tokens / self.seconds if self.seconds else 0.0
+
+
+def totals(comparisons: Sequence[Comparison]) -> list[Total]:
+    """Over all prompts: AR, then every other way."""
+    ways = zip(*((c.reference, *c.candidates) for c in comparisons), strict=True)
+    return [
+        Total(way[0].decode, total_stats([answer.stats for answer in way]), sum(answer.seconds for answer in way))
+        for way in ways
+    ]
 
 
 def first_difference(tokens: Sequence[int], others: Sequence[int]) -> int | None:

@@ -37,9 +37,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 @dataclass
 class Script:
-    """Stands in for Decoding: every request says ``text``, three tokens a round, and what was asked for is kept."""
+    """Stands in for Decoding: every request says ``text``, some tokens a round, and what was asked for is kept."""
 
     text: str = "hello 12 and hello"
+    # At most the stride; 1 is a model whose drafts are never right.
+    tokens_a_round: int = 3
     prompts: list[str] = field(default_factory=list)
     sampling: list[SamplingParams] = field(default_factory=list)
     policies: list[Policy] = field(default_factory=list)
@@ -76,7 +78,7 @@ class Scripted:
         return [self._emission(text) for text in self._texts]
 
     def _emission(self, text: list[int]) -> Emission:
-        each = min(self._stride, 3)
+        each = min(self._stride, self._script.tokens_a_round)
         history = [-1] + [each - 1] * (self._rounds - 1) if self._stride > 1 else [0] * self._rounds
         emitted = np.array(text[: sum(max(outcome, 0) + 1 for outcome in history)])
         needed = 1 + -(-(len(emitted) - 1) // each)

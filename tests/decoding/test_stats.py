@@ -5,7 +5,14 @@ from functools import cache
 import numpy as np
 import pytest
 
-from idlm_jax.decoding.generate import DecodeStats, Emission, SamplingParams, generate_tokens, stats_from_history
+from idlm_jax.decoding.generate import (
+    DecodeStats,
+    Emission,
+    SamplingParams,
+    generate_tokens,
+    stats_from_history,
+    total_stats,
+)
 from tests.decoding.helpers import drafting_model, make_policy, random_prompts
 
 BATCH, LENGTH, STRIDE = 16, 216, 4
@@ -44,6 +51,14 @@ def test_ar_has_neither_drafts_nor_cold_rounds() -> None:
     ours = stats([-1, -1, -1, -1], kept=3, stride=1)
     assert (ours.tokens, ours.forwards, ours.cold_rounds, ours.accepted) == (3, 3, 0, ())
     assert (ours.acceptance, ours.tokens_per_forward, ours.cold_share) == ((), 1.0, 0.0)
+
+
+def test_totals_are_the_statistics_of_all_rounds_together() -> None:
+    parts = [stats([-1, 3, 0], kept=6), stats([-1, 1, 2], kept=6), stats([-1], kept=1)]
+    total = total_stats(parts)
+    assert (total.tokens, total.forwards, total.cold_rounds, total.accepted) == (13, 7, 3, (3, 2, 1))
+    assert total.emitted_by_round == (1, 4, 1, 1, 2, 3, 1)
+    assert total.acceptance == (3 / 4, 2 / 4, 1 / 4)
 
 
 def test_nothing_kept_is_no_division_by_zero() -> None:
