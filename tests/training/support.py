@@ -1,7 +1,7 @@
 """What the training tests share: golden files of PyTorch, batches made by hand, and models in stacked form."""
 
 import json
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -9,15 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from idlm_jax.backbone.weights import layer_weights, weight_table
+from idlm_jax.backbone.weights import init_params, layer_weights, weight_table
 from idlm_jax.checkpoint.hf import HFSource
 from idlm_jax.checkpoint.open import load_params
 from idlm_jax.config import ModelConfig
-from idlm_jax.training.groups import Batch
-from idlm_jax.training.params import Flat, flat_base
+from idlm_jax.training.groups import Batch, NoisyRows
+from idlm_jax.training.params import Flat, ModelBuilder, flat_adapter, flat_base
+from idlm_jax.training.two_stream import clean_stream, noisy_stream
+from tests.decoding.support import tiny_adapter, tiny_config
 from tests.support import GOLDEN
 
 TRAINING = GOLDEN / "training"
+KEY = jax.random.key(0)
+# Programs of a test run once, at a size where compilation is all that takes time: this halves it.
+compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @cache
@@ -90,4 +95,28 @@ def close(ours: Any, reference: Any, tolerance: float = 1e-5) -> bool:
     return bool(np.abs(ours - reference).max() <= tolerance * max(float(np.abs(reference).max()), 1e-30))
 
 
-KEY = jax.random.key(0)
+def tiny_builder(adapter: bool = False, vocab_size: int = 6, **changes: Any) -> ModelBuilder:
+    """The tiny model of the decoding tests, with room for its adapter."""
+    config = tiny_config(vocab_size)
+    return ModelBuilder(config, tiny_adapter(config).config if adapter else None, "float32", **changes)
+
+
+def tiny_params(adapter: bool = False, vocab_size: int = 6) -> Flat:
+    """Random weights of ``tiny_builder``, those of a random adapter among them."""
+    config = tiny_config(vocab_size)
+    base = flat_base(init_params(config, jax.random.key(0), jnp.dtype(jnp.float32)))
+    return {**base, **flat_adapter(tiny_adapter(config).params)} if adapter else base
+
+
+def two_streams(
+    builder: ModelBuilder, params: Flat, batch: Batch, rows: NoisyRows, block: int, gated: bool = True
+) -> tuple[jax.Array, jax.Array]:
+    """Logits of the clean and of the noisy rows."""
+    model = builder.build(params)
+    has_adapter = builder.adapter is not None
+    hidden, states = clean_stream(model, batch, 0 if has_adapter and not gated else None)
+    noisy = noisy_stream(model, rows, states, block, 0 if has_adapter else None)
+    return model.logits(hidden), model.logits(noisy)
+
+
+streams = compiled(two_streams, static_argnames=("builder", "block", "gated"))

@@ -1,5 +1,7 @@
 """The two-stream pass against the official dense ``[x_t | x_0]`` forward, computed by PyTorch (method.md 2, 11)."""
 
+from functools import cache, partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,25 +12,28 @@ from idlm_jax.checkpoint.peft import load_adapter
 from idlm_jax.decoding.cache import cached_attention, init_cache
 from idlm_jax.decoding.step import prefill_chunk
 from idlm_jax.decoding.window import LAYOUTS, build_window
-from idlm_jax.training.groups import Batch, GroupPolicy, NoisyRows, draw_groups
+from idlm_jax.training.groups import Batch, GroupPolicy, draw_groups
 from idlm_jax.training.objective import Objective, training_loss
 from idlm_jax.training.params import Flat, ModelBuilder, flat_adapter
-from idlm_jax.training.two_stream import clean_stream, noisy_stream
-from tests.decoding.support import tiny_adapter, tiny_config, tiny_model
+from tests.decoding.support import tiny_config, tiny_model
 from tests.training.support import (
     KEY,
     TRAINING,
     batch_of,
     close,
+    compiled,
     golden,
     golden_model,
     golden_scalars,
     hf_gradients,
     random_batch,
+    streams,
+    tiny_builder,
+    tiny_params,
 )
 
-MODELS = ("qwen3_tied", "qwen3_untied")
-BLOCKS = (1, 2, 3, 7)
+# Every block size of one model, and one of the other, which has a head of its own.
+CASES = [("qwen3_tied", 1), ("qwen3_tied", 2), ("qwen3_tied", 3), ("qwen3_tied", 7), ("qwen3_untied", 2)]
 
 
 def golden_batch(name: str) -> Batch:
@@ -39,20 +44,24 @@ def aligned(block_size: int, mode: str = "full", **changes: object) -> Objective
     return Objective(mode, GroupPolicy(block_size, "aligned", density=2.0), by_document=True, **changes)  # type: ignore
 
 
-def streams(
-    builder: ModelBuilder, params: Flat, batch: Batch, rows: NoisyRows, block: int, gated: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
-    """Clean and noisy logits."""
-    model = builder.build(params)
-    has_adapter = builder.adapter is not None
-    hidden, states = clean_stream(model, batch, 0 if has_adapter and not gated else None)
-    noisy = noisy_stream(model, rows, states, block, 0 if has_adapter else None)
-    return np.asarray(model.logits(hidden)), np.asarray(model.logits(noisy))
+@partial(compiled, static_argnums=(0, 2))
+def oracle_losses(
+    builder: ModelBuilder, params: Flat, block: int, batch: Batch
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Flat, Flat]]:
+    """CE_noisy as the oracle's batch has it, the mean over documents, CE_clean, the mean over rows; their gradients."""
+
+    def losses(params: Flat) -> tuple[jax.Array, jax.Array]:
+        model, head = builder.build(params), builder.head(params)
+        noisy = training_loss(model, batch, aligned(block), KEY, head).noisy
+        return noisy, training_loss(model, batch, Objective("ar", GroupPolicy(block)), KEY, head).clean
+
+    values, pull_back = jax.vjp(losses, params)
+    one, zero = jnp.float32(1), jnp.float32(0)
+    return values, (pull_back((one, zero))[0], pull_back((zero, one))[0])
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("name", MODELS)
-def test_aligned_groups_give_the_logits_of_the_dense_official_forward(name, block):
+@pytest.mark.parametrize(("name", "block"), CASES)
+def test_aligned_groups_give_the_logits_of_the_dense_official_forward(name: str, block: int) -> None:
     config, params = golden_model(name)
     batch = golden_batch(name)
     rows = draw_groups(batch, GroupPolicy(block, "aligned", density=2.0), config.mask_token_id, KEY)
@@ -70,56 +79,43 @@ def test_aligned_groups_give_the_logits_of_the_dense_official_forward(name, bloc
         assert close(noisy[i][is_target[i]], dense[i][np.asarray(rows.clean_row)[i][is_target[i]]])
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("name", MODELS)
-def test_losses_and_gradients_are_those_of_the_dense_official_forward(name, block):
+@pytest.mark.parametrize(("name", "block"), CASES)
+def test_losses_and_gradients_are_those_of_the_dense_official_forward(name: str, block: int) -> None:
     config, params = golden_model(name)
-    builder, batch = ModelBuilder(config, dtype="float32"), golden_batch(name)
     scalars = golden_scalars()[name][f"b{block}"]
-
-    def losses(params: Flat, objective: Objective) -> tuple[jax.Array, jax.Array]:
-        parts = training_loss(builder.build(params), batch, objective, KEY, builder.head(params))
-        return parts.noisy, parts.clean
-
-    def oracle_loss(params: Flat, kind: str) -> jax.Array:
-        # The oracle's batch takes the mean of CE_noisy over documents and of CE_clean over all targets.
-        noisy, _ = losses(params, aligned(block))
-        _, clean = losses(params, Objective("full", GroupPolicy(block, "aligned", 2.0)))
-        balance = jax.lax.stop_gradient(noisy / clean) if kind == "loss_auto" else 0.2
-        return noisy if kind == "ce_noisy" else noisy + balance * clean
-
-    for kind in ("ce_noisy", "loss_fixed", "loss_auto"):
-        value, gradient = jax.jit(jax.value_and_grad(oracle_loss), static_argnums=1)(params, kind)
-        assert value == pytest.approx(scalars[kind], rel=1e-5)
-        ours = hf_gradients(gradient, config)
+    (noisy, clean), gradients = oracle_losses(ModelBuilder(config, dtype="float32"), params, block, golden_batch(name))
+    ours = [hf_gradients(gradient, config) for gradient in gradients]
+    for kind, weight in (("ce_noisy", 0.0), ("loss_fixed", 0.2), ("loss_auto", float(noisy / clean))):
+        assert float(noisy + weight * clean) == pytest.approx(scalars[kind], rel=1e-5)
         wanted = {key: array for key, array in golden(name).items() if key.startswith(f"b{block}/grad_{kind}/")}
         assert len(wanted) >= 6
         for key, array in wanted.items():
-            assert close(ours[key.split("/")[-1]], array, 2e-5), key
+            parameter = key.split("/")[-1]
+            assert close(ours[0][parameter] + weight * ours[1][parameter], array, 2e-5), key
 
 
 @pytest.mark.parametrize("weight", [0.2, None])
-def test_a_single_document_has_the_official_loss(weight):
+def test_a_single_document_has_the_official_loss(weight: float | None) -> None:
     """One sample a device is what the official code runs: then every kind of mean is the same."""
     config, params = golden_model("qwen3_tied")
     builder, batch = ModelBuilder(config, dtype="float32"), golden_batch("qwen3_tied")
     scalars = golden_scalars()["qwen3_tied"]["b3"]
+    loss = compiled(lambda sample: training_loss(builder.build(params), sample, aligned(3, clean_weight=weight), KEY))
     for i in range(2):
-        sample = jax.tree.map(lambda array, i=i: array[i : i + 1], batch)
-        parts = training_loss(builder.build(params), sample, aligned(3, clean_weight=weight), KEY)
+        parts = loss(jax.tree.map(lambda array, i=i: array[i : i + 1], batch))
         total = "loss_auto_per_sample" if weight is None else "loss_fixed_per_sample"
         assert parts.noisy == pytest.approx(scalars["ce_noisy_per_sample"][i], rel=1e-5)
         assert parts.clean == pytest.approx(scalars["ce_clean_per_sample"][i], rel=1e-5)
         assert parts.total == pytest.approx(scalars[total][i], rel=1e-5)
 
 
-def test_packed_documents_have_the_logits_and_gradients_of_documents_alone():
+def test_packed_documents_have_the_logits_and_gradients_of_documents_alone() -> None:
     config, params = golden_model("qwen3_tied")
     builder, data = ModelBuilder(config, dtype="float32"), golden("packed")
     batch = batch_of(data["tokens"], data["labels"] >= 0, data["segments"] + 1)
     assert np.array_equal(batch.positions, data["positions"])
     rows = draw_groups(batch, GroupPolicy(3, "aligned", 2.0), config.mask_token_id, KEY)
-    clean, noisy = streams(builder, params, batch, rows, 3)
+    clean, noisy = (np.asarray(logits) for logits in streams(builder, params, batch, rows, 3))
     at = 0
     for document in range(2):
         dense = data[f"doc{document}/logits"]
@@ -131,19 +127,17 @@ def test_packed_documents_have_the_logits_and_gradients_of_documents_alone():
         assert close(noisy[0][mine], dense[where[mine] - at])
         at += length
 
-    def loss(params: Flat) -> jax.Array:
-        model, head = builder.build(params), builder.head(params)
-        noisy = training_loss(model, batch, aligned(3), KEY, head).noisy
-        return noisy + 0.2 * training_loss(model, batch, Objective("full", GroupPolicy(3, "aligned")), KEY, head).clean
-
-    ours = hf_gradients(jax.jit(jax.grad(loss))(params), config)
-    for key, array in data.items():
-        if key.startswith("grad_loss_fixed/"):
-            assert close(ours[key.split("/")[-1]], array, 2e-5), key
+    _, gradients = oracle_losses(builder, params, 3, batch)
+    noisy_gradient, clean_gradient = (hf_gradients(gradient, config) for gradient in gradients)
+    wanted = {key: array for key, array in data.items() if key.startswith("grad_loss_fixed/")}
+    assert wanted
+    for key, array in wanted.items():
+        parameter = key.split("/")[-1]
+        assert close(noisy_gradient[parameter] + 0.2 * clean_gradient[parameter], array, 2e-5), key
 
 
 @pytest.mark.parametrize("case", ["gated", "ungated"])
-def test_adapters_give_the_logits_losses_and_gradients_of_the_dense_forward(case):
+def test_adapters_give_the_logits_losses_and_gradients_of_the_dense_forward(case: str) -> None:
     config, base = golden_model("qwen3_tied")
     adapter = load_adapter(TRAINING / "adapter", config)
     builder = ModelBuilder(config, adapter.config, "float32")
@@ -156,11 +150,11 @@ def test_adapters_give_the_logits_losses_and_gradients_of_the_dense_forward(case
         params = {**base, **trained}
         return training_loss(builder.build(params), batch, objective, KEY, builder.head(params)).noisy
 
-    value, gradient = jax.jit(jax.value_and_grad(loss))(trained)
+    value, gradient = compiled(jax.value_and_grad(loss))(trained)
     assert value == pytest.approx(scalars["ce_noisy"], rel=1e-5)
-    for key, array in data.items():
-        if not key.startswith(f"{case}/grad_ce_noisy/"):
-            continue
+    wanted = {key: array for key, array in data.items() if key.startswith(f"{case}/grad_ce_noisy/")}
+    assert len(wanted) == 1 + 2 * len(adapter.config.target_modules)
+    for key, array in wanted.items():
         name = key.split("/")[-1]
         if name == "mask_embedding":
             ours = np.asarray(gradient["adapter.mask_embedding"])
@@ -178,71 +172,63 @@ def test_adapters_give_the_logits_losses_and_gradients_of_the_dense_forward(case
         assert close(noisy[i][target], dense[i][np.asarray(rows.clean_row)[i][target]])
 
 
-def test_clean_logits_are_those_of_a_plain_causal_forward():
-    model = tiny_model()
-    stacked = tiny_builder().build(tiny_params())
-    batch = batch_of(np.array([[1, 3, 0, 2, 4, 1]]), np.ones((1, 6), bool))
-    hidden, _ = clean_stream(stacked, batch, None)
-    assert close(stacked.logits(hidden), causal_logits(model, batch.tokens), 1e-6)
+TOKENS = np.array([[1, 3, 0, 2, 4, 1, 2, 0, 3, 3]])
+GROUPS = GroupPolicy(3, "random", density=3.0)
 
 
-def tiny_builder(adapter: bool = False, **changes: object) -> ModelBuilder:
-    settings = tiny_adapter(tiny_config()).config if adapter else None
-    return ModelBuilder(tiny_config(), settings, "float32", **changes)  # type: ignore
+@cache
+def adapted_streams() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Clean logits of TOKENS, noisy ones of all groups that can be drawn, and where those begin."""
+    batch = batch_of(TOKENS, np.ones_like(TOKENS, bool))
+    rows = draw_groups(batch, GROUPS, tiny_config().mask_token_id, KEY)  # type: ignore
+    clean, noisy = streams(tiny_builder(True), tiny_params(True), batch, rows, GROUPS.block_size)
+    return np.asarray(clean), np.asarray(noisy), np.asarray(rows.key_end)[0, :: GROUPS.block_size]
 
 
-def tiny_params(adapter: bool = False) -> Flat:
-    from idlm_jax.backbone.weights import init_params
-    from idlm_jax.training.params import flat_base
-
-    base = flat_base(init_params(tiny_config(), jax.random.key(0), jnp.dtype(jnp.float32)))
-    return {**base, **flat_adapter(tiny_adapter(tiny_config()).params)} if adapter else base
+def test_clean_logits_are_those_of_a_plain_causal_forward() -> None:
+    clean, _, _ = adapted_streams()
+    assert close(clean, compiled(causal_logits)(tiny_model(), jnp.asarray(TOKENS)), 1e-6)
 
 
-@pytest.mark.parametrize("start", [1, 3, 6])
-def test_noisy_rows_are_the_mask_rows_of_the_decoder_after_the_same_prefix(start):
-    """Training and decoding agree: the group at ``start`` is the decoder's, with the token before it pending."""
-    config, block = tiny_config(), 3
-    tokens = np.array([[1, 3, 0, 2, 4, 1, 2, 0, 3, 3]])
-    batch = batch_of(tokens, np.ones_like(tokens, bool))
-    policy = GroupPolicy(block, "random", density=3.0)
-    rows = draw_groups(batch, policy, config.mask_token_id, KEY)
-    _, noisy = streams(tiny_builder(True), tiny_params(True), batch, rows, block)
-    # Groups lie in the order of the text; find the one that starts here.
-    group = int(np.flatnonzero(np.asarray(rows.key_end)[0, ::block] == start)[0])
+def test_noisy_rows_are_the_mask_rows_of_the_decoder_after_the_same_prefix() -> None:
+    """Training and decoding agree: the group at s is the decoder's with the token at s - 1 pending."""
+    config, block = tiny_config(), GROUPS.block_size
+    model = tiny_model(adapter=True)
+    _, noisy, starts = adapted_streams()
 
-    model: Qwen3 = tiny_model(adapter=True)
-    length = jnp.array([start - 1])
-    cache = init_cache(config, 1, 32, jnp.dtype(jnp.float32))
-    if start > 1:
-        cache = prefill_chunk(model, cache, jnp.asarray(tokens[:, : start - 1]), jnp.int32(0), None)
-    window = build_window(
-        LAYOUTS["branch"],
-        block + 1,
-        config.mask_token_id,
-        length,
-        jnp.asarray(tokens[:, start - 1]),
-        jnp.zeros((1, block), jnp.int32),
-        jnp.array([False]),
-    )
-    hidden, _ = model(window.tokens, window.positions, cached_attention(length, window.mask), cache, block + 1)
-    decoder = np.asarray(model.logits(hidden))[0, block + 1 : 2 * block + 1]
-    assert close(noisy[0, group * block : (group + 1) * block], decoder)
+    @compiled
+    def decoder(model: Qwen3, length: jax.Array, pending: jax.Array) -> jax.Array:
+        """Logits of the masks after the pending token of one cold window."""
+        cache = init_cache(config, 1, 32, jnp.dtype(jnp.float32))
+        # What lies in the cache behind ``length`` is not seen.
+        cache = prefill_chunk(model, cache, jnp.asarray(TOKENS), jnp.int32(0), None)
+        drafts, cold = jnp.zeros((1, block), jnp.int32), jnp.array([False])
+        window = build_window(LAYOUTS["branch"], block + 1, config.mask_token_id, length, pending, drafts, cold)
+        hidden, _ = model(window.tokens, window.positions, cached_attention(length, window.mask), cache, block + 1)
+        return model.logits(hidden)[0, block + 1 : 2 * block + 1]
+
+    assert list(starts[:8]) == list(range(1, 9))
+    for group, start in enumerate(starts[:8]):
+        wanted = decoder(model, jnp.array([start - 1]), jnp.asarray(TOKENS[:, start - 1]))
+        assert close(noisy[0, group * block : (group + 1) * block], wanted), start
 
 
-@pytest.mark.parametrize("remat", list(Remat))
-def test_what_the_backward_pass_computes_again_changes_nothing(remat):
+@cache
+def gradient_with(remat: Remat) -> Flat:
+    """Of a gated adapter's loss."""
     batch = random_batch(2, 20, 5)
     objective = Objective("gated-lora", GroupPolicy(3), "tv", loss_chunk=7)
+    builder = tiny_builder(True, remat=remat)
 
-    def gradient(builder: ModelBuilder, objective: Objective) -> Flat:
-        def loss(params: Flat) -> jax.Array:
-            return training_loss(builder.build(params), batch, objective, KEY).total
+    def loss(params: Flat) -> jax.Array:
+        return training_loss(builder.build(params), batch, objective, KEY).total
 
-        return jax.jit(jax.grad(loss))(tiny_params(True))
+    return compiled(jax.grad(loss))(tiny_params(True))
 
-    reference = gradient(tiny_builder(True, remat=Remat.NONE), Objective("gated-lora", GroupPolicy(3), "tv"))
-    ours = gradient(tiny_builder(True, remat=remat), objective)
+
+@pytest.mark.parametrize("remat", [Remat.DOTS, Remat.BLOCK])
+def test_what_the_backward_pass_computes_again_changes_nothing(remat: Remat) -> None:
+    ours, reference = gradient_with(remat), gradient_with(Remat.NONE)
     for name in reference:
         assert close(ours[name], reference[name], 1e-5), name
     assert any(np.asarray(reference[name]).any() for name in reference if name.startswith("adapter."))
