@@ -136,7 +136,7 @@ def _train_step(
     gradient = jax.tree.map(lambda array: array / parts, gradient)
     losses = _average(losses, parts)
 
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     finite = jnp.isfinite(losses.total) & jnp.isfinite(norm)
