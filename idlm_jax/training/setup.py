@@ -45,7 +45,7 @@ def make_mesh(settings: MeshSettings, config: ModelConfig) -> Mesh:
     sizes = {axis: getattr(settings, axis) for axis in MESH_AXES}
     devices = jax.device_count()
     given = int(np.prod([size for size in sizes.values() if size != -1]))
-    sizes = {axis: devices // given if size == -1 else size for axis, size in sizes.items()}
+    sizes = {axis: max(1, devices // given) if size == -1 else size for axis, size in sizes.items()}
     shape = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
     if int(np.prod(list(sizes.values()))) != devices:
         raise UserError(f"mesh: {shape} is not {devices}, the number of devices; change 'mesh' (-1 takes what is left)")
