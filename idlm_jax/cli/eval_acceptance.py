@@ -65,7 +65,7 @@ def eval_acceptance(
         seed: Of the choice of documents and of the places of groups.
         json: Print one JSON object.
     """
-    with Notice("loading"):
+    with Notice("loading and measuring"):
         from idlm_jax.evaluation.acceptance import evaluate_store
 
         report, base_report = evaluate_store(

@@ -21,7 +21,8 @@ from idlm_jax.checkpoint.source import WeightSource, find_mask_token
 from idlm_jax.data.pipeline import held_out_split, make_dataset
 from idlm_jax.data.tokens import TokenStore, check_tokenizer
 from idlm_jax.decoding.config import MAX_STRIDE
-from idlm_jax.errors import UserError
+from idlm_jax.errors import UserError, did_you_mean
+from idlm_jax.training.config import DTYPES
 from idlm_jax.training.groups import Batch, GroupPolicy, draw_groups
 from idlm_jax.training.params import Flat, ModelBuilder, flat_adapter, flat_base
 from idlm_jax.training.two_stream import clean_stream, noisy_stream
@@ -121,20 +122,25 @@ def evaluate_store(
 
     Raises UserError for whatever does not fit together.
     """
-    _check_settings(block_size, temperatures, batch_size)
+    _check_settings(block_size, temperatures, documents, batch_size, dtype, seed)
     source = open_source(model)
     loaded = load_adapter(adapter, source.config) if adapter else None
-    config = source.config
+    mask_token_id = source.config.mask_token_id
     if mask_token is not None:
-        config = config.replace(mask_token_id=find_mask_token(source, mask_token))
+        mask_token_id = find_mask_token(source, mask_token)
     elif loaded and loaded.config.mask_token_id is not None:
-        config = config.replace(mask_token_id=loaded.config.mask_token_id)
-    if config.mask_token_id is None:
+        mask_token_id = loaded.config.mask_token_id
+    if mask_token_id is None:
         raise UserError(f"{model} names no mask token to draft with: give --mask-token TEXT_OR_ID")
-    if length > config.max_position_embeddings:
-        raise UserError(f"length {length} exceeds the model's context of {config.max_position_embeddings}")
+    base_source = open_source(base) if base else None
     store = TokenStore.open(data)
-    check_tokenizer(store.metadata, source.tokenizer(), data)
+    for each in (source, base_source):
+        if each is None:
+            continue
+        context = each.config.max_position_embeddings
+        if length > context:
+            raise UserError(f"length {length} exceeds the context of {context} of {each.path}: give a smaller --length")
+        check_tokenizer(store.metadata, each.tokenizer(), data)
     chosen = held_out_split(store, documents, seed)[1] if 0 < documents < len(store) else store
 
     def batches() -> Iterable[Batch]:
@@ -142,20 +148,29 @@ def evaluate_store(
         return (Batch.from_dict(jax.tree.map(jnp.asarray, arrays)) for arrays in dataset)
 
     def report(source: WeightSource, loaded: Adapter | None) -> AcceptanceReport:
+        config = source.config.replace(mask_token_id=mask_token_id)
         builder = ModelBuilder(config, loaded.config if loaded else None, dtype)
         params = flat_base(load_params(source, jnp.dtype(dtype)))
         if loaded:
             params |= flat_adapter(loaded.params)
         return measure(builder, params, batches(), block_size, gated=gated, temperatures=temperatures, seed=seed)
 
-    return report(source, loaded), report(open_source(base), None) if base else None
+    return report(source, loaded), report(base_source, None) if base_source else None
 
 
-def _check_settings(block_size: int, temperatures: Sequence[float], batch_size: int) -> None:
+def _check_settings(
+    block_size: int, temperatures: Sequence[float], documents: int, batch_size: int, dtype: str, seed: int
+) -> None:
     if not 1 <= block_size < MAX_STRIDE:
         raise UserError(f"block_size must be in 1 … {MAX_STRIDE - 1}, not {block_size}")
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
+    if documents < 0:
+        raise UserError(f"documents must be 0 (all of them) or more, not {documents}")
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype '{dtype}' (one of {', '.join(DTYPES)}){did_you_mean(dtype, DTYPES)}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be in [0, 2^32), not {seed}")
     for temperature in temperatures:
         if not (math.isfinite(temperature) and temperature > 0):
             raise UserError(f"temperature must be positive (greedy is always measured), not {temperature}")
