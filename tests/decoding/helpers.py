@@ -9,7 +9,7 @@ import numpy as np
 
 from idlm_jax.backbone.adapter import Adapter
 from idlm_jax.backbone.qwen3 import Qwen3, causal_logits
-from idlm_jax.backbone.weights import init_params
+from idlm_jax.backbone.weights import Params, init_params
 from idlm_jax.config import ModelConfig
 from idlm_jax.decoding.generate import Emission, SamplingParams, generate_tokens
 from idlm_jax.decoding.sampling import COUPLINGS
@@ -35,21 +35,25 @@ def drafting_adapter(b_scale: float = 0.1) -> Adapter:
     return Adapter(adapter.config, {**adapter.params, "mask_embedding": 0.05 * adapter.params["mask_embedding"]})
 
 
-def drafting_model(adapter: Adapter | None = None, seed: int = 0, mask_head: float = 1.0) -> Qwen3:
-    """A random model whose drafts are right about half of the time, so that every number of acceptances occurs.
+def drafting_params(seed: int = 0, mask_head: float = 1.0) -> Params:
+    """Random weights whose drafts are right about half of the time, so that every number of acceptances occurs.
 
     What a row says comes from a broad look at the prefix (large attention outputs, flat attention) more than from the
     token it holds; a mask row, which misses only the last few tokens, therefore often says the same. ``mask_head``
     scales what the head says about the mask token.
     """
-    config = drafting_config()
-    params = init_params(config, jax.random.key(seed), jnp.float32)
+    params = init_params(drafting_config(), jax.random.key(seed), jnp.float32)
     params["embed_tokens"]["embedding"] *= 0.1
     for layer in params["layers"]:
         layer["self_attn"]["o_proj"]["kernel"] *= 3
         layer["self_attn"]["q_norm"]["scale"] *= 0.3
     params["lm_head"]["kernel"] = params["lm_head"]["kernel"].at[:, MASK].multiply(mask_head)
-    return Qwen3(config, params, adapter)
+    return params
+
+
+def drafting_model(adapter: Adapter | None = None, seed: int = 0, mask_head: float = 1.0) -> Qwen3:
+    """The model of ``drafting_params``."""
+    return Qwen3(drafting_config(), drafting_params(seed, mask_head), adapter)
 
 
 def make_policy(stride: int, layout: str = "branch", coupling: str = "gumbel", gated: bool = True) -> Policy:
