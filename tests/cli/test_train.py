@@ -90,18 +90,21 @@ Checkpoints._seal = lambda *_: time.sleep(3600)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_a_second_signal_does_not_wait_for_a_save(given: Given, tmp_path: Path, number: int, code: int) -> None:
     process = start(given.environment, given.settings, "--output", tmp_path / "run", program=HANGING)
-    assert process.stderr is not None
-    for line in process.stderr:
-        # The first save begins after step 5, and whatever comes next waits for it.
-        if line.startswith("step 5"):
-            process.send_signal(number)
-        if "once more to stop at once" in line:
-            break
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1)
-    process.send_signal(number)
-    # Far less than the save takes.
-    _, rest = process.communicate(timeout=120)
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            # The first save begins after step 5, and whatever comes next waits for it.
+            if line.startswith("step 5"):
+                process.send_signal(number)
+            if "once more to stop at once" in line:
+                break
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.send_signal(number)
+        # Far less than the save takes.
+        _, rest = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == code
     assert "Traceback" not in rest
 
