@@ -305,7 +305,7 @@ def _require(module: str, extra: str) -> None:
 
 
 def _open_board(directory: Path, resume_step: int) -> Any:
-    from tensorboardX import SummaryWriter
+    from tensorboardX import SummaryWriter  # pyrefly: ignore[missing-import]
 
     return SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else None)
 
