@@ -34,7 +34,7 @@ ALIGNED = GroupPolicy(BLOCK, "aligned", density=2.0)
 
 def turns() -> Batch:
     """Two rows of three documents and padding; one of two turns, one without an answer."""
-    rows = [["0011110011100", "011111", "000", "00"], ["0111111", "00001", "000111111", "000"]]
+    rows = [["0011110011100", "011111", "000", "00"], ["1111111", "00001", "000111111", "000"]]
     learnt = np.array([[digit == "1" for digit in "".join(row)] for row in rows])
     segments = np.array([np.repeat([1, 2, 3, 0], [len(document) for document in row]) for row in rows])
     tokens = np.random.default_rng(1).integers(0, MASK, (2, 24))
