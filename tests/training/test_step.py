@@ -1,11 +1,13 @@
 """One optimizer step: parts are averaged, and what is not a number changes nothing."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from idlm_jax.backbone.weights import init_params
 from idlm_jax.training.groups import GroupPolicy
@@ -13,6 +15,7 @@ from idlm_jax.training.objective import Objective
 from idlm_jax.training.params import Flat, ModelBuilder, flat_base, split_trained
 from idlm_jax.training.step import TrainState, init_state, make_train_step
 from tests.decoding.support import tiny_config
+from tests.training.runs import shared_compilations
 from tests.training.support import random_batch
 
 VOCAB = 32
@@ -26,6 +29,12 @@ STEP = make_train_step(
     OPTIMIZER,
     seed=0,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_fast(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with shared_compilations(tmp_path_factory):
+        yield
 
 
 def weights() -> tuple[Flat, Flat]:
