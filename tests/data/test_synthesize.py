@@ -266,7 +266,7 @@ def test_an_interrupted_command_says_how_to_go_on_and_does(
 ) -> None:
     command = (*COMMAND, "--batch-size", 1, "--prompts", prompts, "--output", tmp_path / "store")
     with monkeypatch.context() as patch:
-        patch.setattr(verb._Display, "__call__", staticmethod(kill_after(4, KeyboardInterrupt)))
+        patch.setattr(verb._Display, "__call__", staticmethod(kill_after(2, KeyboardInterrupt)))
         code, _, err = run(capsys, *command)
     assert code == 130 and "--resume goes on" in err
     assert "resume it" in refused(capsys, *command)
