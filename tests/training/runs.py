@@ -1,6 +1,7 @@
 """Tiny training runs for the tests of the loop and of `idlm train`: data, configurations, what a run wrote."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,4 +116,9 @@ def start(environment: dict[str, str], *arguments: object, program: str = "") ->
     """`idlm train` as a process of its own, after the lines of ``program``."""
     code = f"import sys\nfrom idlm_jax.cli.main import main\n{program}\nsys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "train", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    # Whoever runs the tests in the background ignores SIGINT, and its children inherit that.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
