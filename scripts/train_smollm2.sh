@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train SmolLM2 to draft, and measure what came of it: `gated` makes the adapter of the package, `full` converts the
+# Train SmolLM2 to draft, and measure what came of it: `gated` makes an adapter, `full` converts the
 # whole model by the official curriculum. Run by hand on a GPU of 80 GB, after scripts/synthesize_smollm2.sh; repeat it
 # to go on after an interruption:
 #
