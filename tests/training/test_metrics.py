@@ -134,6 +134,9 @@ def test_on_a_terminal_there_is_a_bar(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    # Room for all of it, however fast the steps: tqdm cuts what does not fit.
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("LINES", "40")
     with RunLog(tmp_path, total_steps=10, resume_step=4) as log:
         for step in range(5, 11):
             log.log(step, {"loss": 0.5, "acceptance": [0.25]})
