@@ -1,0 +1,349 @@
+"""Window attention on NVIDIA Hopper (Mosaic GPU): one kernel for dense and for paged caches.
+
+A block of one warpgroup holds up to 64 query rows of one request and one key head: whole window rows, the query heads
+of the key head side by side, so that the tensor cores are full. It streams its share of the keys through shared memory,
+tile by tile, ahead of the arithmetic; two blocks fit on a multiprocessor, and one computes while the other waits. Where
+requests and heads are too few to fill the chip, the keys of each are split over blocks and the parts merged. The online
+softmax is flash attention's (arXiv 2205.14135), the split that of its decoding variant.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial, reduce
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+# Keys a step; a page must hold a whole number of tiles.
+TILE = 64
+MAX_WINDOW = 64
+HEAD_DIMS = (64, 128)
+# Rows of one wgmma.
+_ROWS = 64
+_THREADS = 128
+# Blocks that an H100 or H200 holds at once: two on each of 132 multiprocessors.
+_BLOCKS = 264
+# A part of fewer tiles than this costs more to merge than it saves, and so does a part beyond this many.
+_MIN_TILES, _MAX_SPLITS = 2, 64
+# Shared memory for the keys and values of one block: two blocks have 226 KiB, and the queries take 16.
+_STAGE_BYTES = 96 * 1024
+# Below every score and finite, so that a row that has seen no key yet needs no special case.
+_LOWEST = -1e30
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Static sizes of one call."""
+
+    rows: int  # W
+    heads: int  # K
+    group: int  # G, query heads a key head
+    splits: int
+
+    @property
+    def tiles(self) -> int:
+        """Row tiles a key head."""
+        return math.ceil(self.rows / (_ROWS // self.group))
+
+    @property
+    def tile_window(self) -> int:
+        """Window rows a row tile."""
+        return math.ceil(self.rows / self.tiles)
+
+    def all_rows(self, batch: int) -> int:
+        """Query rows of the batch, and one more if the merge, which may take two at once, needs it."""
+        rows = batch * self.rows * self.heads * self.group
+        return rows + rows % 2 * (self.splits > 1)
+
+    @property
+    def stored(self) -> int:
+        """Rows of a row tile in memory: the used ones, up to whole swizzle atoms of eight."""
+        return math.ceil(self.tile_window * self.group / 8) * 8
+
+
+def window_attention(
+    q_BWHd: Float[Array, "B W H d"],
+    k_BKSd: Float[Array, "B K S d"],
+    v_BKSd: Float[Array, "B K S d"],
+    prefix_B: Int[Array, " B"],
+    mask_BWW: Bool[Array, "B W W"],
+    *,
+    splits: int | None = None,
+) -> Float[Array, "B W H d"]:
+    """As ``reference.window_attention``; bfloat16 or float16, up to 64 rows, head_dim 64 or 128.
+
+    Each row may see up to ``prefix + W <= S`` slots. ``splits`` (default: by the shapes) is the number of blocks that
+    share the keys of a request and key head. Raises ValueError for shapes and dtypes that the kernel does not cover.
+    """
+    return _attend(q_BWHd, k_BKSd, v_BKSd, None, prefix_B, mask_BWW, splits)
+
+
+def paged_window_attention(
+    q_BWHd: Float[Array, "B W H d"],
+    k_PKSd: Float[Array, "P K page d"],
+    v_PKSd: Float[Array, "P K page d"],
+    pages_BN: Int[Array, "B N"],
+    prefix_B: Int[Array, " B"],
+    mask_BWW: Bool[Array, "B W W"],
+    *,
+    splits: int | None = None,
+) -> Float[Array, "B W H d"]:
+    """As ``reference.paged_window_attention``; pages of whole tiles of 64 slots, otherwise as ``window_attention``.
+
+    Entries of ``pages_BN`` after a request's last slot are not read.
+    """
+    return _attend(q_BWHd, k_PKSd, v_PKSd, pages_BN, prefix_B, mask_BWW, splits)
+
+
+def unsupported(q_BWHd: Array, k: Array, paged: bool) -> str | None:
+    """Why the kernel does not cover these arrays, or None if it does."""
+    rows, heads, head_dim = q_BWHd.shape[1:]
+    if q_BWHd.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q_BWHd.dtype:
+        return f"queries {q_BWHd.dtype} and cache {k.dtype}: both must be bfloat16, or both float16"
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim {head_dim}: must be 64 or 128"
+    if rows > MAX_WINDOW:
+        return f"{rows} window rows: at most {MAX_WINDOW}"
+    if heads // k.shape[1] > _ROWS:
+        return f"{heads // k.shape[1]} query heads a key head: at most {_ROWS}"
+    if paged and k.shape[2] % TILE:
+        return f"pages of {k.shape[2]} slots: must be a multiple of {TILE}"
+    return None
+
+
+def choose_splits(blocks: int, slots: int) -> int:
+    """Parts of the keys of each request and key head, where ``blocks`` of them would run unsplit over ``slots``."""
+    return max(1, min(_BLOCKS // blocks, math.ceil(slots / TILE) // _MIN_TILES, _MAX_SPLITS))
+
+
+# Layers of one shape share one trace, hence one compiled kernel.
+@partial(jax.jit, static_argnames="splits")
+def _attend(
+    q_BWHd: Array,
+    k: Array,
+    v: Array,
+    pages_BN: Array | None,
+    prefix_B: Array,
+    mask_BWW: Array,
+    splits: int | None,
+) -> Array:
+    if reason := unsupported(q_BWHd, k, pages_BN is not None):
+        raise ValueError(f"the Hopper kernel of window attention does not take {reason}")
+    batch, rows, query_heads, head_dim = q_BWHd.shape
+    heads = k.shape[1]
+    slots = k.shape[2] * (1 if pages_BN is None else pages_BN.shape[1])
+    shape = _Shape(rows, heads, query_heads // heads, 1)
+    if splits is None:
+        splits = choose_splits(batch * heads * shape.tiles, slots)
+    shape = _Shape(rows, heads, query_heads // heads, splits)
+    q = _pack(q_BWHd, shape)
+    page_table = () if pages_BN is None else (pages_BN.astype(jnp.int32),)
+    parts, *stats = _parts(q, k, v, page_table, prefix_B.astype(jnp.int32), _mask_bits(mask_BWW, shape), shape)
+    out = _merge(parts, *stats, shape, q.dtype) if stats else parts[0]
+    return out[: q_BWHd.size // head_dim].reshape(q_BWHd.shape)
+
+
+def _pack(q_BWHd: Array, shape: _Shape) -> Float[Array, "B K T rows d"]:
+    """Query rows by key head and row tile; row r of a tile is window row ``r // G`` of it."""
+    batch, rows, _, head_dim = q_BWHd.shape
+    q = jnp.pad(q_BWHd, ((0, 0), (0, shape.tiles * shape.tile_window - rows), (0, 0), (0, 0)))
+    q = q.reshape(batch, shape.tiles, shape.tile_window, shape.heads, shape.group, head_dim).transpose(0, 3, 1, 2, 4, 5)
+    q = q.reshape(batch, shape.heads, shape.tiles, shape.tile_window * shape.group, head_dim)
+    return jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, shape.stored - q.shape[3]), (0, 0)))
+
+
+def _mask_bits(mask_BWW: Bool[Array, "B W W"], shape: _Shape) -> Int[Array, "B T words rows"]:
+    """The window keys that each packed row sees, 32 a word."""
+    batch, rows, _ = mask_BWW.shape
+    words = math.ceil(rows / 32)
+    more_rows = shape.tiles * shape.tile_window - rows
+    mask = jnp.pad(mask_BWW, ((0, 0), (0, more_rows), (0, 32 * words - rows))).reshape(batch, -1, words, 32)
+    bits: UInt32[Array, "B W words"] = jnp.sum(mask.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32), axis=-1)
+    bits = jnp.repeat(bits.reshape(batch, shape.tiles, shape.tile_window, words), shape.group, axis=2).swapaxes(2, 3)
+    bits = jnp.pad(bits, ((0, 0), (0, 0), (0, 0), (0, _ROWS - bits.shape[3])))
+    return jax.lax.bitcast_convert_type(bits, jnp.int32)
+
+
+def _parts(
+    q: Float[Array, "B K T rows d"],
+    k: Float[Array, "P K S d"],
+    v: Float[Array, "P K S d"],
+    page_table: tuple[()] | tuple[Int[Array, "B N"]],
+    prefix_B: Int[Array, " B"],
+    bits: Int[Array, "B T words 64"],
+    shape: _Shape,
+) -> list[Array]:
+    """The attention kernel: [1, R, d] for all rows R, (request, window row, query head), if the keys are not split.
+
+    Otherwise, in float32, the parts: sums of weighted values [splits, R, d], and the base-2 maximum and the sum of the
+    weights of each packed row [splits, B, KT, 2, 64].
+    """
+    batch, heads, tiles, stored, head_dim = q.shape
+    words = math.ceil(shape.rows / 32)
+    tiles_a_page = k.shape[2] // TILE
+    to_log2 = head_dim**-0.5 * math.log2(math.e)
+    wgmma, by_row = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    out_types = [jax.ShapeDtypeStruct((1, shape.all_rows(batch), head_dim), q.dtype)]
+    if shape.splits > 1:
+        out_types = [
+            jax.ShapeDtypeStruct((shape.splits, shape.all_rows(batch), head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((shape.splits, batch, heads * tiles, 2, _ROWS), jnp.float32),
+        ]
+
+    def along_row(x_R: Array, like: Array) -> Array:
+        return jax.lax.broadcast_in_dim(x_R, like.shape, [0])
+
+    def full(shape: tuple[int, ...], value: float, layout: plgpu.Layout) -> Array:
+        return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+    def kernel(q_ref, k_ref, v_ref, *refs):
+        (*table_ref, prefix_ref, bits_ref), outputs = refs[: len(page_table) + 2], refs[len(page_table) + 2 : -2]
+        q_smem, q_barrier = refs[-2:]
+        request, split, head_tile = (jax.lax.axis_index(name) for name in ("request", "split", "head_tile"))
+        head, row_tile = jax.lax.div(head_tile, tiles), jax.lax.rem(head_tile, tiles)
+        plgpu.copy_gmem_to_smem(q_ref.at[request, head, row_tile], q_smem.at[pl.ds(0, stored)], q_barrier)
+        prefix = prefix_ref[request]
+        needed = jax.lax.div(prefix + (shape.rows + TILE - 1), TILE)
+        first = jax.lax.div(split * needed, shape.splits)
+        last = jax.lax.div((split + 1) * needed, shape.splits)
+
+        def locate(step):
+            tile = first + step
+            if not table_ref:
+                return request, head, tile, 0
+            page = table_ref[0][request, jax.lax.div(tile, tiles_a_page)]
+            return page, head, jax.lax.rem(tile, tiles_a_page), 0
+
+        def hide_window_keys(scores, slot):
+            offset = slot - prefix + plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=wgmma)
+            visible = offset < 0
+            for word in range(words):
+                row_bits = plgpu.load(bits_ref.at[request, row_tile, word], layout=by_row, optimized=False)
+                place = offset - 32 * word
+                bit = jax.lax.shift_right_logical(along_row(row_bits, scores), jnp.clip(place, 0, 31)) & 1
+                visible = visible | ((bit == 1) & (place >= 0) & (place < 32))
+            return jnp.where(visible, scores, -jnp.inf)
+
+        def step(index, k_smem, v_smem, carry):
+            acc, largest, total = carry
+
+            def scores_of(product):
+                plgpu.wgmma(product, q_smem, k_smem.T)
+                return product[...]
+
+            scores = pl.run_scoped(scores_of, plgpu.ACC((_ROWS, TILE), jnp.float32))
+            slot = (first + index[0]) * TILE
+            scores = jax.lax.cond(slot + TILE > prefix, lambda s: hide_window_keys(s, slot), lambda s: s, scores)
+            new_largest = jnp.maximum(largest, scores.max(axis=1) * to_log2)
+            shrink = jnp.exp2(largest - new_largest)
+            weights = jnp.exp2(scores * to_log2 - along_row(new_largest, scores))
+            total = total * shrink + weights.sum(axis=1)
+            # The keys of this step are spent: their buffer carries the weights to the tensor cores.
+            weights_smem = k_smem.at[:, pl.ds(0, TILE)]
+            weights_smem[...] = weights.astype(q_smem.dtype)
+            plgpu.commit_smem()
+
+            def values_of(product):
+                plgpu.wgmma(product, weights_smem, v_smem)
+                return product[...]
+
+            acc = acc * along_row(shrink, acc) + pl.run_scoped(values_of, plgpu.ACC((_ROWS, head_dim), jnp.float32))
+            return acc, new_largest, total
+
+        plgpu.barrier_wait(q_barrier)
+        block = plgpu.BlockSpec((None, None, TILE, head_dim), locate, transforms=tiled)
+        acc, largest, total = plgpu.emit_pipeline(
+            step,
+            grid=(last - first,),
+            in_specs=[block, block],
+            max_concurrent_steps=_STAGE_BYTES // (2 * TILE * head_dim * k.dtype.itemsize),
+            init_carry=(
+                full((_ROWS, head_dim), 0.0, wgmma),
+                full((_ROWS,), _LOWEST, by_row),
+                full((_ROWS,), 0.0, by_row),
+            ),
+        )(k_ref, v_ref)
+        split_up = shape.splits > 1
+
+        def store(out_smem, stats_smem):
+            out_smem[...] = (acc if split_up else acc / along_row(total, acc)).astype(out_smem.dtype)
+            if split_up:
+                stats_smem[0], stats_smem[1] = largest, total
+            plgpu.commit_smem()
+            begin = row_tile * shape.tile_window
+
+            @pl.loop(0, jnp.minimum(shape.tile_window, shape.rows - begin))
+            def _(row):
+                target = ((request * shape.rows + begin + row) * heads + head) * shape.group
+                source = out_smem.at[pl.ds(row * shape.group, shape.group)]
+                plgpu.copy_smem_to_gmem(source, outputs[0].at[split, pl.ds(target, shape.group)])
+
+            if split_up:
+                plgpu.copy_smem_to_gmem(stats_smem, outputs[1].at[split, request, head_tile])
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.run_scoped(store, plgpu.SMEM((_ROWS, head_dim), out_types[0].dtype), plgpu.SMEM((2, _ROWS), jnp.float32))
+
+    return plgpu.kernel(
+        kernel,
+        out_type=out_types,
+        scratch_types=[plgpu.SMEM((_ROWS, head_dim), q.dtype, transforms=tiled), plgpu.Barrier()],
+        grid=(batch, shape.splits, heads * tiles),
+        grid_names=("request", "split", "head_tile"),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+    )(q, k, v, *page_table, prefix_B, bits)
+
+
+def _merge(
+    parts: Float[Array, "splits R d"], stats: Float[Array, "splits B KT 2 64"], shape: _Shape, dtype: jnp.dtype
+) -> Float[Array, "R d"]:
+    """The softmax over all keys from its parts.
+
+    A kernel for this, too: XLA would make four of it, and at batch 1 each launch costs about as much as the reading.
+    """
+    splits, all_rows, head_dim = parts.shape
+    heads, rows_a_block = shape.heads * shape.group, _THREADS // head_dim
+    layout = plgpu.Layout.WG_STRIDED((rows_a_block, head_dim), vec_size=1)
+
+    def kernel(parts_ref, stats_ref, out_ref):
+        first = jax.lax.axis_index("rows") * rows_a_block
+
+        def weights_of(row):
+            """Weight of each part, summing to one."""
+            row = jnp.minimum(row, stats.shape[1] * shape.rows * heads - 1)  # the row that fills up a block of two
+            row, query = jax.lax.div(row, heads), jax.lax.rem(row, heads)
+            request, row = jax.lax.div(row, shape.rows), jax.lax.rem(row, shape.rows)
+            head, query = jax.lax.div(query, shape.group), jax.lax.rem(query, shape.group)
+            row_tile, row = jax.lax.div(row, shape.tile_window), jax.lax.rem(row, shape.tile_window)
+            at = (request, head * shape.tiles + row_tile)
+            place = row * shape.group + query
+            largest = [stats_ref[split, *at, 0, place] for split in range(splits)]
+            total = [stats_ref[split, *at, 1, place] for split in range(splits)]
+            top = reduce(jnp.maximum, largest)
+            weights = [jnp.exp2(one - top) for one in largest]
+            scale = 1 / sum(weight * one for weight, one in zip(weights, total, strict=True))
+            return [weight * scale for weight in weights]
+
+        by_row = [weights_of(first + row) for row in range(rows_a_block)]
+        rows = pl.ds(first, rows_a_block)
+        out = None
+        for split in range(splits):
+            part = plgpu.load(parts_ref.at[split, rows], layout=layout, optimized=False)
+            weight = by_row[0][split]
+            if rows_a_block == 2:
+                second = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=layout) == 1
+                weight = jnp.where(second, jnp.full(part.shape, by_row[1][split]), jnp.full(part.shape, weight))
+            out = part * weight if out is None else out + part * weight
+        out_ref[rows] = out.astype(dtype)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((all_rows, head_dim), dtype),
+        grid=(all_rows // rows_a_block,),
+        grid_names=("rows",),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(parts, stats)
