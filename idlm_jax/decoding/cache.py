@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from idlm_jax.backbone.qwen3 import Attend
 from idlm_jax.config import ModelConfig
-from pallas_kernels.decode_attention.reference import window_attention
+from pallas_kernels.decode_attention.api import window_attention
 
 # Keys and values, of each pool in turn.
 LayerCache = tuple[Float[Array, "B K S d"], ...]

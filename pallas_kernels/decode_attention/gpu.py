@@ -9,7 +9,8 @@ softmax is flash attention's (arXiv 2205.14135), the split that of its decoding 
 
 import math
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -27,7 +28,7 @@ _THREADS = 128
 # Blocks that an H100 or H200 holds at once: two on each of 132 multiprocessors.
 _BLOCKS = 264
 # A part of fewer tiles than this costs more to merge than it saves, and so does a part beyond this many.
-_MIN_TILES, _MAX_SPLITS = 2, 64
+_MIN_TILES, _MAX_SPLITS = 2, 32
 # Shared memory for the keys and values of one block: two blocks have 226 KiB, and the queries take 16.
 _STAGE_BYTES = 96 * 1024
 # Below every score and finite, so that a row that has seen no key yet needs no special case.
@@ -109,6 +110,8 @@ def unsupported(q_BWHd: Array, k: Array, paged: bool) -> str | None:
         return f"{rows} window rows: at most {MAX_WINDOW}"
     if heads // k.shape[1] > _ROWS:
         return f"{heads // k.shape[1]} query heads a key head: at most {_ROWS}"
+    if k.shape[2] % 8:
+        return f"a cache of {k.shape[2]} slots: must be a multiple of 8"
     if paged and k.shape[2] % TILE:
         return f"pages of {k.shape[2]} slots: must be a multiple of {TILE}"
     return None
@@ -141,8 +144,8 @@ def _attend(
     shape = _Shape(rows, heads, query_heads // heads, splits)
     q = _pack(q_BWHd, shape)
     page_table = () if pages_BN is None else (pages_BN.astype(jnp.int32),)
-    parts, *stats = _parts(q, k, v, page_table, prefix_B.astype(jnp.int32), _mask_bits(mask_BWW, shape), shape)
-    out = _merge(parts, *stats, shape, q.dtype) if stats else parts[0]
+    outputs = _parts(q, k, v, page_table, prefix_B.astype(jnp.int32), _mask_bits(mask_BWW, shape), shape)
+    out = outputs[0][0] if splits == 1 else _merge(outputs[0], outputs[1], shape, q.dtype)
     return out[: q_BWHd.size // head_dim].reshape(q_BWHd.shape)
 
 
@@ -197,7 +200,7 @@ def _parts(
     def along_row(x_R: Array, like: Array) -> Array:
         return jax.lax.broadcast_in_dim(x_R, like.shape, [0])
 
-    def full(shape: tuple[int, ...], value: float, layout: plgpu.Layout) -> Array:
+    def full(shape: tuple[int, ...], value: float, layout: Any) -> Array:
         return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
     def kernel(q_ref, k_ref, v_ref, *refs):
@@ -230,6 +233,8 @@ def _parts(
 
         def step(index, k_smem, v_smem, carry):
             acc, largest, total = carry
+            # Not before the loop: the first keys are on their way by now.
+            pl.when(index[0] == 0)(lambda: plgpu.barrier_wait(q_barrier))
 
             def scores_of(product):
                 plgpu.wgmma(product, q_smem, k_smem.T)
@@ -254,7 +259,6 @@ def _parts(
             acc = acc * along_row(shrink, acc) + pl.run_scoped(values_of, plgpu.ACC((_ROWS, head_dim), jnp.float32))
             return acc, new_largest, total
 
-        plgpu.barrier_wait(q_barrier)
         block = plgpu.BlockSpec((None, None, TILE, head_dim), locate, transforms=tiled)
         acc, largest, total = plgpu.emit_pipeline(
             step,
@@ -267,10 +271,11 @@ def _parts(
                 full((_ROWS,), 0.0, by_row),
             ),
         )(k_ref, v_ref)
+        pl.when(last == first)(lambda: plgpu.barrier_wait(q_barrier))
         split_up = shape.splits > 1
 
         def store(out_smem, stats_smem):
-            out_smem[...] = (acc if split_up else acc / along_row(total, acc)).astype(out_smem.dtype)
+            out_smem[...] = (acc if split_up else acc * along_row(1 / total, acc)).astype(out_smem.dtype)
             if split_up:
                 stats_smem[0], stats_smem[1] = largest, total
             plgpu.commit_smem()
@@ -312,33 +317,39 @@ def _merge(
     def kernel(parts_ref, stats_ref, out_ref):
         first = jax.lax.axis_index("rows") * rows_a_block
 
-        def weights_of(row):
-            """Weight of each part, summing to one."""
+        def statistics(row):
+            """Where a row's maximum and sum stand, of all the splits."""
             row = jnp.minimum(row, stats.shape[1] * shape.rows * heads - 1)  # the row that fills up a block of two
             row, query = jax.lax.div(row, heads), jax.lax.rem(row, heads)
             request, row = jax.lax.div(row, shape.rows), jax.lax.rem(row, shape.rows)
             head, query = jax.lax.div(query, shape.group), jax.lax.rem(query, shape.group)
             row_tile, row = jax.lax.div(row, shape.tile_window), jax.lax.rem(row, shape.tile_window)
-            at = (request, head * shape.tiles + row_tile)
-            place = row * shape.group + query
-            largest = [stats_ref[split, *at, 0, place] for split in range(splits)]
-            total = [stats_ref[split, *at, 1, place] for split in range(splits)]
-            top = reduce(jnp.maximum, largest)
-            weights = [jnp.exp2(one - top) for one in largest]
-            scale = 1 / sum(weight * one for weight, one in zip(weights, total, strict=True))
-            return [weight * scale for weight in weights]
+            return stats_ref.at[:, request, head * shape.tiles + row_tile, :, row * shape.group + query]
 
-        by_row = [weights_of(first + row) for row in range(rows_a_block)]
-        rows = pl.ds(first, rows_a_block)
-        out = None
-        for split in range(splits):
-            part = plgpu.load(parts_ref.at[split, rows], layout=layout, optimized=False)
-            weight = by_row[0][split]
-            if rows_a_block == 2:
-                second = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=layout) == 1
-                weight = jnp.where(second, jnp.full(part.shape, by_row[1][split]), jnp.full(part.shape, weight))
-            out = part * weight if out is None else out + part * weight
-        out_ref[rows] = out.astype(dtype)
+        by_row = [statistics(first + row) for row in range(rows_a_block)]
+        second = plgpu.broadcasted_iota(jnp.int32, (rows_a_block, head_dim), 0, layout=layout) == 1
+
+        def spread(values):
+            """One number a row over its row."""
+            arrays = [jnp.full((rows_a_block, head_dim), value, jnp.float32) for value in values]
+            return arrays[0] if len(arrays) == 1 else jnp.where(second, arrays[1], arrays[0])
+
+        def add(split, carry):
+            acc, largest, total = carry
+            part = plgpu.load(parts_ref.at[split, pl.ds(first, rows_a_block)], layout=layout, optimized=False)
+            part_largest = spread([row[split, 0] for row in by_row])
+            part_total = spread([row[split, 1] for row in by_row])
+            new_largest = jnp.maximum(largest, part_largest)
+            shrink, weight = jnp.exp2(largest - new_largest), jnp.exp2(part_largest - new_largest)
+            return acc * shrink + part * weight, new_largest, total * shrink + part_total * weight
+
+        zeros, lowest = (
+            plgpu.layout_cast(jnp.full((rows_a_block, head_dim), value, jnp.float32), layout)
+            for value in (0.0, _LOWEST)
+        )
+        # Unrolled, so that all reads are under way at once.
+        acc, _, total = jax.lax.fori_loop(0, splits, add, (zeros, lowest, zeros), unroll=True)
+        out_ref[pl.ds(first, rows_a_block)] = (acc / total).astype(dtype)
 
     return plgpu.kernel(
         kernel,

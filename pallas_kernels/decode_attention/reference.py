@@ -40,3 +40,23 @@ def window_attention(
     out = product(probabilities, v_BKSd, (((3,), (2,)), ((0, 1), (0, 1))))
     out = out.reshape(batch, kv_heads, group, rows, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(q_BWHd.shape).astype(q_BWHd.dtype)
+
+
+def paged_window_attention(
+    q_BWHd: Float[Array, "B W H d"],
+    k_PKSd: Float[Array, "P K page d"],
+    v_PKSd: Float[Array, "P K page d"],
+    pages_BN: Int[Array, "B N"],
+    prefix_B: Int[Array, " B"],
+    mask_BWW: Bool[Array, "B W W"],
+) -> Float[Array, "B W H d"]:
+    """``window_attention`` over a cache in pages: slot s of request b lies in page ``pages[b, s // page]``.
+
+    Entries after the page of a request's last slot may be anything, also numbers of pages that do not exist.
+    """
+
+    def dense(pages_PKSd: Array) -> Float[Array, "B K S d"]:
+        gathered = jnp.take(pages_PKSd, pages_BN, axis=0, mode="clip").swapaxes(1, 2)
+        return gathered.reshape(*gathered.shape[:2], -1, gathered.shape[-1])
+
+    return window_attention(q_BWHd, dense(k_PKSd), dense(v_PKSd), prefix_B, mask_BWW)
