@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.decode_attention import api, gpu, reference
 from tests.kernels.aot import compile_for_h100
@@ -204,6 +206,32 @@ def test_on_hopper_auto_takes_the_kernel_where_it_can_and_an_explicit_choice_nev
     assert api.window_attention(*small(jnp.bfloat16, rows=70)).shape[1] == 70
     with pytest.raises(ValueError, match="does not run here: queries float32"):
         api.window_attention(*small(jnp.float32), implementation="pallas")
+
+
+@pytest.mark.parametrize("paged_cache", [False, True])
+def test_on_a_mesh_each_device_attends_to_its_own_requests_and_heads(monkeypatch, paged_cache):
+    """The reference in the kernel's place: it would not find its way through sharded operands, nor would the kernel."""
+    monkeypatch.setattr(api, "_on_hopper", lambda: True)
+    name = "paged_window_attention" if paged_cache else "window_attention"
+    seen = []
+
+    def local(*arguments):
+        seen.append(jax.typeof(arguments[0]).sharding.mesh)
+        return getattr(reference, name)(*arguments)
+
+    monkeypatch.setattr(gpu, name, local)
+    q, k, v, prefix, mask = small(jnp.bfloat16)
+    table = (jnp.array([[0]], jnp.int32),) if paged_cache else ()
+    wanted = getattr(reference, name)(q, k, v, *table, prefix, mask)
+    mesh = jax.make_mesh((1, 1), ("data", "tp"), devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        specs = [P("data", None, "tp"), P("data", "tp"), P("data", "tp"), *[P("data")] * (2 + paged_cache)]
+        arrays = zip((q, k, v, *table, prefix, mask), specs, strict=True)
+        placed = [jax.device_put(array, NamedSharding(mesh, spec)) for array, spec in arrays]
+        ours = jax.jit(getattr(api, name))(*placed)
+    assert ours.sharding.spec == P("data", None, "tp", None)
+    assert all(kind == AxisType.Manual for kind in seen[0].axis_types)
+    np.testing.assert_array_equal(ours, wanted)
 
 
 # (batch, rows, query heads, key heads, slots, head_dim), page size: the shapes of decoding, split and not.
