@@ -8,7 +8,7 @@ Run on an H100, by hand::
 Counted are the bytes of keys and values that the requests need, once; the copy bandwidth counts bytes read and written.
 The calls are timed inside one program, each fed the output of the one before, as in the layers of a decode step: over
 so many caches that none is still in the L2 cache when its turn comes again. Every case is first compared with the
-reference in float32. On a CPU the script only makes that comparison, interpreted and tiny: set NPROC=32.
+reference in float32. On a CPU the script only makes that comparison, interpreted and tiny.
 """
 
 import math

@@ -186,7 +186,8 @@ def _parts(
     """
     batch, heads, tiles, stored, head_dim = q.shape
     words = math.ceil(shape.rows / 32)
-    tiles_a_page = k.shape[2] // TILE
+    tiles_a_page = math.ceil(k.shape[2] / TILE)
+    all_tiles = tiles_a_page * (page_table[0].shape[1] if page_table else 1)
     to_log2 = head_dim**-0.5 * math.log2(math.e)
     wgmma, by_row = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -210,7 +211,8 @@ def _parts(
         head, row_tile = jax.lax.div(head_tile, tiles), jax.lax.rem(head_tile, tiles)
         plgpu.copy_gmem_to_smem(q_ref.at[request, head, row_tile], q_smem.at[pl.ds(0, stored)], q_barrier)
         prefix = prefix_ref[request]
-        needed = jax.lax.div(prefix + (shape.rows + TILE - 1), TILE)
+        # A window that would not fit (its request waits) must not lead out of the page table.
+        needed = jnp.minimum(jax.lax.div(prefix + (shape.rows + TILE - 1), TILE), all_tiles)
         first = jax.lax.div(split * needed, shape.splits)
         last = jax.lax.div((split + 1) * needed, shape.splits)
 

@@ -1,7 +1,6 @@
 """The Hopper kernel of window attention: interpreted, compiled for an H100 without one, and run on a real one."""
 
 import logging
-import os
 from functools import partial
 
 import jax
@@ -16,9 +15,6 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.decode_attention import api, gpu, reference
 from tests.kernels.aot import compile_for_h100
-
-# The interpreter runs each GPU thread in a thread of XLA's pool; with as many as two cores it would wait for ever.
-os.environ.setdefault("NPROC", "32")
 
 
 def inputs(seed, batch, rows, heads, kv_heads, slots, head_dim, prefix, dtype=jnp.bfloat16):
@@ -140,6 +136,16 @@ def test_requests_do_not_touch_each_other():
     first, second = (interpreted(gpu.window_attention, *a, splits=2) for a in (own, mixed))
     np.testing.assert_array_equal(first[1], second[1])
     assert (first[0] != second[0]).any()
+
+
+def test_a_window_that_does_not_fit_leads_nowhere():
+    """A request without room for its window waits; what it gets is never used, but it may not harm the others."""
+    q, k, v, prefix, mask = inputs(12, 2, 5, 2, 1, 128, 64, [40, 100])
+    k, v = jnp.nan_to_num(k), jnp.nan_to_num(v)
+    pages = paged(k, v, 64, [123, 123], 5, seed=13)
+    fits = interpreted(gpu.paged_window_attention, q, *pages, prefix, mask, splits=1)
+    full = interpreted(gpu.paged_window_attention, q, *pages, jnp.array([40, 126]), mask, splits=1)
+    np.testing.assert_array_equal(full[0], fits[0])
 
 
 def test_the_kernel_says_what_it_does_not_take():
