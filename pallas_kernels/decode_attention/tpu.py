@@ -90,6 +90,12 @@ def _attend(
     wanted = end_of_tile - tile < prefix_B[:, None] + window
     work = work_list(wanted[:, None], (end_of_tile > prefix_B[:, None])[:, None])
 
+    # XLA keeps the slots minor where that wastes less of a register's 128 lanes than the head does; a kernel that asked
+    # for another order would have the cache copied.
+    slot_axis = 2 if head_dim % _LANES and page % _LANES == 0 else 1
+    if slot_axis == 2:
+        k, v = k.swapaxes(2, 3), v.swapaxes(2, 3)
+
     q, mask_BRW = _pack_rows(q_BWHd, mask_BWW, kv_heads)
     rows = q.shape[2]
 
@@ -101,13 +107,14 @@ def _attend(
             row = request[step]
             j = (tile_of_cache[step] - row * steps) * pages_of_step + i
             if not table:
-                return row, 0, j, 0
+                return row, 0, *((0, j) if slot_axis == 2 else (j, 0))
             # Beyond the last page in use stay where the step before was, so that nothing is fetched.
             last = jnp.minimum((prefix[row] + window - 1) // page, pages - 1)
             held = jnp.where(j >= pages_of_step, j - pages_of_step, last)
             return table[0][row * pages + jnp.where(j <= last, j, held)], 0, 0, 0
 
-        return pl.BlockSpec((None, kv_heads, page, head_dim), index)
+        sizes = (head_dim, page) if slot_axis == 2 else (page, head_dim)
+        return pl.BlockSpec((None, kv_heads, *sizes), index)
 
     specs_of_pages = tuple(of_page(i) for i in range(pages_of_step))
     scalars = (work.major, work.minor, work.flags, prefix_B.astype(jnp.int32))
@@ -120,7 +127,7 @@ def _attend(
         row = request[step]
         # The first slot of the tile, counted from the end of the prefix.
         slot = (tile_of_cache[step] - row * steps) * tile - prefix[row]
-        _kernel(flags[step], slot, window, q, mask, k, v, *rest)
+        _kernel(flags[step], slot, window, slot_axis, q, mask, k, v, *rest)
 
     statistic = pltpu.VMEM((kv_heads, rows, 1), jnp.float32)
     out = pl.pallas_call(
@@ -154,20 +161,20 @@ def _pack_rows(
     return jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0))), mask
 
 
-def _kernel(flags, slot, window: int, q, mask, k_pages, v_pages, out, largest, total, weighted) -> None:
+def _kernel(flags, slot, window: int, slot_axis: int, q, mask, k_pages, v_pages, out, largest, total, weighted) -> None:
     def product(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
         precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
         dimensions = (((a_axis,), (b_axis,)), ((0,), (0,)))
         return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
     def add(hide: Callable[[Array], Array], blank: Callable[[Array], Array]) -> None:
-        k, v = (jnp.concatenate([page[...] for page in pages], axis=1) for pages in (k_pages, v_pages))
-        scores = hide(product(q[...], k, 2, 2) * q.shape[-1] ** -0.5)
+        k, v = (jnp.concatenate([page[...] for page in pages], axis=slot_axis) for pages in (k_pages, v_pages))
+        scores = hide(product(q[...], k, 2, 3 - slot_axis) * q.shape[-1] ** -0.5)
         largest_now = jnp.maximum(largest[...], jnp.max(scores, axis=2, keepdims=True))
         weights, shrink = jnp.exp(scores - largest_now), jnp.exp(largest[...] - largest_now)
         largest[...] = largest_now
         total[...] = total[...] * shrink + jnp.sum(weights, axis=2, keepdims=True)
-        weighted[...] = weighted[...] * shrink + product(weights.astype(v.dtype), blank(v), 2, 1)
+        weighted[...] = weighted[...] * shrink + product(weights.astype(v.dtype), blank(v), 2, slot_axis)
 
     def hide(scores: Float[Array, "K R t"]) -> Array:
         tail = slot + jax.lax.broadcasted_iota(jnp.int32, (1, scores.shape[2]), 1)
@@ -177,9 +184,9 @@ def _kernel(flags, slot, window: int, q, mask, k_pages, v_pages, out, largest, t
         in_window = jax.lax.dot(mask[...], picked, preferred_element_type=jnp.float32)
         return jnp.where(((tail < 0) | (in_window > 0.5))[None], scores, _HIDDEN)
 
-    def blank(v: Float[Array, "K t d"]) -> Array:
+    def blank(v: Array) -> Array:
         # Slots beyond the window may hold NaN, which no weight of zero can undo.
-        tail = slot + jax.lax.broadcasted_iota(jnp.int32, v.shape, 1)
+        tail = slot + jax.lax.broadcasted_iota(jnp.int32, v.shape, slot_axis)
         return jnp.where(tail < window, v, jnp.zeros_like(v))
 
     @pl.when(flags & FIRST != 0)
