@@ -32,7 +32,7 @@ def window_attention(
 ) -> Float[Array, "B W H d"]:
     """As ``reference.window_attention``; slots from ``prefix + W`` on may hold anything.
 
-    Raises ValueError for a dtype other than bfloat16 and float32 and for a head_dim other than 64 and 128.
+    Raises ValueError unless all arrays are bfloat16 or all float32, and for a head_dim other than 64 and 128.
     """
     tile = min(_tile(q_BWHd, k_BKSd), k_BKSd.shape[2])
     return _attend(q_BWHd, k_BKSd, v_BKSd, prefix_B, mask_BWW, tile, 1, None)
@@ -79,9 +79,11 @@ def _attend(
 ) -> Float[Array, "B W H d"]:
     """Attention over pages; without a table, page i of request b is the i-th piece of ``page`` slots of row b."""
     batch, window, heads, head_dim = q_BWHd.shape
-    if q_BWHd.dtype not in (jnp.bfloat16, jnp.float32) or head_dim not in (64, 128):
+    dtypes = {array.dtype.name for array in (q_BWHd, k, v)}
+    if dtypes not in ({"bfloat16"}, {"float32"}) or head_dim not in (64, 128):
         raise ValueError(
-            f"window attention on TPU takes bfloat16 or float32, head_dim 64 or 128, not {q_BWHd.dtype}, {head_dim}"
+            "window attention on TPU takes one dtype, bfloat16 or float32, and head_dim 64 or 128, "
+            f"not {', '.join(sorted(dtypes))} and {head_dim}"
         )
     kv_heads = k.shape[1]
     pages = pl.cdiv(k.shape[2], page) if table is None else table.shape[1]

@@ -65,14 +65,16 @@ def range_attention(
 ) -> Float[Array, "B R H d"]:
     """As ``reference.range_attention``; a row that sees no key gives zeros, and no gradient.
 
-    Keys that no row sees may hold any finite values. Raises ValueError for a dtype other than bfloat16 and float32, for
-    a head_dim other than 64 and 128, and for a group size that does not divide the rows or exceeds 128.
+    Keys that no row sees may hold any finite values. Raises ValueError unless all arrays are bfloat16 or all
+    float32, for a head_dim other than 64 and 128, and for a group size that does not divide the rows or exceeds 128.
     """
     batch, rows, heads, head_dim = q_BRHd.shape
     length, kv_heads = k_BLKd.shape[1:3]
-    if q_BRHd.dtype not in (jnp.bfloat16, jnp.float32) or head_dim not in (64, 128):
+    dtypes = {array.dtype.name for array in (q_BRHd, k_BLKd, v_BLKd, *(group or ()))}
+    if dtypes not in ({"bfloat16"}, {"float32"}) or head_dim not in (64, 128):
         raise ValueError(
-            f"range attention on TPU takes bfloat16 or float32, head_dim 64 or 128, not {q_BRHd.dtype}, {head_dim}"
+            "range attention on TPU takes one dtype, bfloat16 or float32, and head_dim 64 or 128, "
+            f"not {', '.join(sorted(dtypes))} and {head_dim}"
         )
     if group is not None and (rows % group_size or group_size > _BLOCK):
         raise ValueError(f"{rows} rows are not whole groups of {group_size} rows, at most {_BLOCK}")

@@ -79,11 +79,13 @@ def test_masked_window_keys_and_other_requests_do_not_change_a_bit():
 
 
 def test_what_the_kernel_cannot_do_is_refused():
-    with pytest.raises(ValueError, match="not float32, 32"):
+    with pytest.raises(ValueError, match="not float32 and 32"):
         tpu.window_attention(*case(0, 2, 2, 1, [3], 8, head_dim=32))
-    with pytest.raises(ValueError, match="not float16, 64"):
+    with pytest.raises(ValueError, match="not float16 and 64"):
         tpu.window_attention(*case(0, 2, 2, 1, [3], 8, dtype=jnp.float16))
     q, k, v, prefix, mask = case(0, 2, 2, 1, [3], 8)
+    with pytest.raises(ValueError, match="not bfloat16, float32 and 64"):
+        tpu.window_attention(q.astype(jnp.bfloat16), k, v, prefix, mask)
     with pytest.raises(ValueError, match="multiple of 16 slots, not 8"):
         tpu.paged_window_attention(q, k, v, np.zeros((1, 1), np.int32), prefix, mask)
 

@@ -85,6 +85,15 @@ def test_packed_documents_equal_the_reference(capfd):
     assert_equal_to_reference(q, k, v, None, start, end, 1, capfd)
 
 
+def test_intervals_that_end_at_or_beside_an_edge_of_a_tile_equal_the_reference():
+    # One for all rows of a tile: nothing but it decides which tiles of keys need a mask.
+    edges = np.array([[0, 127], [0, 128], [0, 129], [1, 128], [127, 256], [128, 256], [129, 257], [127, 128]])
+    start, end = (jnp.asarray(np.repeat(edge, 128)[None]) for edge in edges.T)
+    q, k, v, _ = arrays(9, 1, end.size, 300, 1, 1, grouped=False)
+    ours = interpreted(partial(tpu.range_attention, tiles=tpu.Tiles(packed_rows=128, keys=128)), q, k, v, start, end)
+    np.testing.assert_allclose(ours, reference.range_attention(q, k, v, start, end), atol=1e-6, rtol=1e-5)
+
+
 def test_rows_that_see_no_key_are_zero_and_give_no_gradient():
     q, k, v, _ = arrays(6, 2, 256, 256, 1, 1, grouped=False)
     start = np.tile(np.arange(256), (2, 1))
@@ -167,8 +176,8 @@ def test_the_kernels_can_be_lowered_for_a_tpu():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"head_dim": 96}, "not float32, 96"),
-        ({"dtype": jnp.float16}, "not float16, 64"),
+        ({"head_dim": 96}, "not float32 and 96"),
+        ({"dtype": jnp.float16}, "not float16 and 64"),
         ({"rows": 4}, "4 rows are not"),
     ],
 )
