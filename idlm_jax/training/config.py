@@ -133,7 +133,7 @@ class TrainConfig:
     dtype: str = "bfloat16"
     # What the backward pass computes again: "none", "dots" or "block".
     remat: str = "block"
-    # Attention: "auto", "xla" or "cudnn".
+    # Attention: "auto", "xla", "cudnn" or "pallas".
     attention: str = "auto"
     # Rows of a sequence whose logits are held at a time.
     loss_chunk: int = 256

@@ -1,0 +1,266 @@
+"""What the Mosaic GPU kernels of range attention share: tables of visible tiles, rings of tiles, and walks over them.
+
+A *source* is an array of keys and values with an interval of it for every row. The first is the clean keys; a second,
+where there are mask groups, is the rows' own keys. Tables say which tiles can hold a visible pair: others are never
+loaded, and tiles that all rows see whole skip the mask.
+
+TMA clips: rows beyond the end of an array read as zeros and are not written.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+# Rows or keys of one warpgroup, the least that wgmma takes, and of the two that share a block.
+HALF, TILE = 64, 128
+# TMA takes tiles of 8 rows, and the callers' arrays must hold a whole number of them.
+MULTIPLE = 8
+# Tiles of keys in flight; one for each consumer's own keys at the start.
+STAGES = 2
+# Of 504 that three warpgroups may share.
+CONSUMER_REGISTERS, LOADER_REGISTERS = 240, 24
+_ROW_MAJOR = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_LAYOUT = plgpu.Layout.WGMMA
+PER_ROW, PER_COLUMN = _LAYOUT.reduce(1), _LAYOUT.reduce(0)
+
+
+class Source(NamedTuple):
+    """Keys and values, and the interval of them that each row sees."""
+
+    k_BLKd: Float[Array, "B L K d"]
+    v_BLKd: Float[Array, "B L K d"]
+    # Rows are padded with empty intervals to whole tiles.
+    start_BR: Int[Array, "B R"]
+    end_BR: Int[Array, "B R"]
+    # For each TILE of rows: the first tile of keys, the number of them, the largest start and the smallest end.
+    row_tiles: Int[Array, " B*tiles*4"]
+    # For each HALF of rows: the largest start and the smallest end.
+    row_bounds: Int[Array, " B*halves*2"]
+    # For each TILE of keys: the first HALF of rows that may see it, and the number of them.
+    key_tiles: Int[Array, " B*tiles*2"]
+
+
+def make_source(
+    k_BLKd: Float[Array, "B L K d"],
+    v_BLKd: Float[Array, "B L K d"],
+    start_BR: Int[Array, "B R"],
+    end_BR: Int[Array, "B R"],
+) -> Source:
+    """Pad the intervals, which lie inside 0 … L, to whole tiles and derive the tables."""
+    batch, length = k_BLKd.shape[:2]
+    padding = ((0, 0), (0, -start_BR.shape[1] % TILE))
+    start, end = (jnp.pad(bound.astype(jnp.int32), padding) for bound in (start_BR, end_BR))
+    # Rows that see nothing do not widen what their tile must visit.
+    first = jnp.where(end > start, start, length).reshape(batch, -1, HALF).min(2)
+    last = jnp.where(end > start, end, 0).reshape(batch, -1, HALF).max(2)
+    bounds = start.reshape(batch, -1, HALF).max(2), end.reshape(batch, -1, HALF).min(2)
+
+    lowest, highest = first.reshape(batch, -1, 2).min(2), last.reshape(batch, -1, 2).max(2)
+    key_tile = lowest // TILE
+    count = jnp.maximum(-(-highest // TILE) - key_tile, 0)
+    row_tiles = (key_tile, count, bounds[0].reshape(batch, -1, 2).max(2), bounds[1].reshape(batch, -1, 2).min(2))
+
+    base = jnp.arange(0, length, TILE)[:, None]
+    sees = (first[:, None] < base + TILE) & (last[:, None] > base)
+    half = jnp.arange(sees.shape[2])
+    first_half = jnp.min(jnp.where(sees, half, sees.shape[2]), axis=2)
+    halves = jnp.maximum(jnp.max(jnp.where(sees, half + 1, 0), axis=2) - first_half, 0)
+
+    def table(*columns: Array) -> Array:
+        return jnp.stack(columns, axis=2).reshape(-1).astype(jnp.int32)
+
+    return Source(k_BLKd, v_BLKd, start, end, table(*row_tiles), table(*bounds), table(first_half, halves))
+
+
+def own_window(group_size: int) -> int:
+    """How many own keys a warpgroup loads for its rows: theirs and, where groups straddle warpgroups, those before."""
+    return HALF if HALF % group_size == 0 else TILE
+
+
+def zeros_of(*shape: int, layout: Any = _LAYOUT) -> Array:
+    """Zeros in registers."""
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+
+
+def spread(vector: Array, shape: tuple[int, ...], axis: int) -> Array:
+    """A vector along one axis of a tile."""
+    return lax.broadcast_in_dim(vector, shape, [axis])
+
+
+def mask_scores(scores: Array, key_base: Array, start: Array, end: Array, key_axis: int) -> Array:
+    """-inf where the key is outside of the row's interval."""
+    key = key_base + plgpu.broadcasted_iota(jnp.int32, scores.shape, key_axis, layout=_LAYOUT)
+    start, end = (spread(bound, scores.shape, 1 - key_axis) for bound in (start, end))
+    return jnp.where((key >= start) & (key < end), scores, -jnp.inf)
+
+
+def products(*pairs: tuple[Any, Any]) -> list[Array]:
+    """``a @ b`` in float32 for operands in shared memory, all in flight at once."""
+
+    def compute(*accumulators: Any) -> list[Array]:
+        for accumulator, pair in zip(accumulators, pairs, strict=True):
+            plgpu.wgmma(accumulator, *pair)
+        return [accumulator[...] for accumulator in accumulators]
+
+    return pl.run_scoped(compute, *(plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs))
+
+
+def accumulate(total: Array, a: Array, b_ref: Any, staging: Any, *pairs: tuple[Any, Any]) -> list[Any]:
+    """``total + a @ b`` with ``a`` from registers, and the products of more pairs, all in flight at once.
+
+    The interpreter takes ``a`` from shared memory only.
+    """
+    if staging is not None:
+        staging = staging.at[:, pl.ds(0, a.shape[1])]
+        staging[...] = a
+        plgpu.commit_smem()
+        product, *others = products((staging, b_ref), *pairs)
+        return [total + product, *others]
+
+    def compute(accumulators: Sequence[Any]) -> None:
+        for accumulator, pair in zip(accumulators, [(a, b_ref), *pairs], strict=True):
+            plgpu.wgmma(accumulator, *pair)
+
+    zeros = [zeros_of(left.shape[0], right.shape[1]) for left, right in pairs]
+    return pl.run_state(compute)([plgpu.ACC.init(array) for array in (total, *zeros)])
+
+
+def launch(
+    body: Callable[..., None],
+    out_type: Any,
+    grid: tuple[int, int, int],
+    scratch: dict[str, Any],
+    staging: Any,
+    interpret: bool,
+) -> Callable[..., Any]:
+    """Two consumer warpgroups and a loading one for every cell of the grid (batch, tile, head)."""
+    if interpret:
+        scratch = scratch | {"staging": staging}
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=grid,
+        # The last axis runs fastest: tiles start in order, the heaviest first, and heads share their keys in L2.
+        grid_names=("batch", "tile", "head"),
+        num_threads=3,
+        thread_name="wg",
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+        compiler_params=plgpu.CompilerParams(approx_math=not interpret),
+    )
+
+
+def tile_buffers(rows: int, head_dim: int, dtype: Any, copies: int) -> Any:
+    """Tiles in shared memory, laid out for TMA and wgmma."""
+    return plgpu.SMEM((copies, rows, head_dim), dtype, transforms=_ROW_MAJOR)
+
+
+def _own_base(tile: Array, wg: Array | int, window: int) -> Array:
+    """The first of the rows' own keys that a warpgroup's rows can see: those of its last ``window`` rows."""
+    return jnp.maximum(tile * TILE + (wg + 1) * HALF - window, 0)
+
+
+def load_keys(
+    sources: Sequence[Any], window: int, tile: Array, tiles: int, kv_head: Array, rings: Sequence[tuple[Any, ...]]
+) -> None:
+    """The loading warpgroup: the own keys of each consumer, then all others' tiles, as slots come free."""
+    plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+    batch = lax.axis_index("batch")
+    clean, *own = sources
+    for wg in range(2 if own else 0):
+        where = (batch, pl.ds(_own_base(tile, wg, window), window), kv_head)
+        for array, (ring, full, _) in zip(own[0][:2], rings, strict=True):
+            plgpu.copy_gmem_to_smem(array.at[where], ring.at[wg, pl.ds(0, window)], full.at[wg])
+    before = 2 * len(own)
+    entry = (batch * tiles + tile) * 4
+    first, count = clean.row_tiles[entry], clean.row_tiles[entry + 1]
+
+    @pl.loop(before, before + count)
+    def _(i: Array) -> None:
+        slot = lax.rem(i, jnp.int32(STAGES))
+        where = (batch, pl.ds((first + i - before) * TILE, TILE), kv_head)
+        for array, (ring, full, free) in zip(clean[:2], rings, strict=True):
+            pl.when(i >= STAGES)(partial(plgpu.barrier_wait, free.at[slot]))
+            plgpu.copy_gmem_to_smem(array.at[where], ring.at[slot], full.at[slot])
+
+    drain(before + count, STAGES, [free for _, _, free in rings])
+
+
+def drain(count: Array, stages: int, barriers: Sequence[Any]) -> None:
+    """Wait until the last tiles of a ring are consumed: nobody may leave barriers behind that still change."""
+
+    @pl.loop(jnp.maximum(count - stages, 0), count)
+    def _(i: Array) -> None:
+        for free in barriers:
+            plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(stages))])
+
+
+def walk_keys(
+    sources: Sequence[Any],
+    window: int,
+    tile: Array,
+    tiles: int,
+    rings: Sequence[tuple[Any, ...]],
+    step: Callable[..., Any],
+    carry: Any,
+) -> Any:
+    """A consumer: ``step(slot, keys, mask, carry)`` for its own keys and for every tile that its rows may see."""
+    batch, wg = lax.axis_index("batch"), lax.axis_index("wg")
+    rows = pl.ds(tile * TILE + wg * HALF, HALF)
+
+    def interval(source: Any) -> tuple[Array, Array]:
+        start, end = (
+            plgpu.load(array.at[batch, rows], layout=PER_ROW, optimized=False)
+            for array in (source.start_BR, source.end_BR)
+        )
+        return start, end
+
+    clean, *own = sources
+    if own:
+        for _, full, free in rings:
+            plgpu.barrier_wait(full.at[1 - wg])
+            plgpu.barrier_arrive(free.at[1 - wg])
+        start, end = interval(own[0])
+        base = _own_base(tile, wg, window)
+        carry = step(wg, window, lambda scores: mask_scores(scores, base, start, end, 1), carry)
+    before = 2 * len(own)
+    entry = (batch * tiles + tile) * 4
+    first, count, largest_start, smallest_end = (clean.row_tiles[entry + column] for column in range(4))
+    start, end = interval(clean)
+
+    def one(i: Array, carry: Any) -> Any:
+        base = (first + i) * TILE
+
+        def masked(scores: Array) -> Array:
+            whole = (base >= largest_start) & (base + TILE <= smallest_end)
+            return lax.cond(whole, lambda: scores, lambda: mask_scores(scores, base, start, end, 1))
+
+        return step(lax.rem(before + i, jnp.int32(STAGES)), TILE, masked, carry)
+
+    return lax.fori_loop(0, count, one, carry)
+
+
+def key_ring(head_dim: int, dtype: Any, stages: int) -> tuple[Any, ...]:
+    """Slots for tiles, their full barriers, and their free ones, on which both consumers arrive."""
+    return (
+        tile_buffers(TILE, head_dim, dtype, stages),
+        plgpu.Barrier(num_barriers=stages),
+        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+    )
+
+
+def flatten(sources: Sequence[Source]) -> list[Array]:
+    """The operands of a kernel, which takes no trees."""
+    return [array for source in sources for array in source]
+
+
+def unflatten(refs: Sequence[Any]) -> list[Any]:
+    """Sources of references, inside a kernel."""
+    width = len(Source._fields)
+    return [Source(*refs[i : i + width]) for i in range(0, len(refs), width)]
