@@ -252,19 +252,16 @@ def key_gradients(
             plgpu.copy_gmem_to_smem(source.v_BLKd.at[mine], v_s, loaded)
             plgpu.barrier_wait(loaded)
 
-            def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-                dk, dv = carry
-                slot, half = lax.rem(i, jnp.int32(_KEY_STAGES)), first + lax.rem(i, count)
-                q_s, d_out_s, lse_s, delta_s = (ring.at[slot] for ring in rings)
+            def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+                dk, dv, half = carry
+                slot = lax.rem(i, jnp.int32(_KEY_STAGES))
+                q_s, d_out_s, lse_s, delta_s, start_s, end_s = (ring.at[slot] for ring in rings)
                 largest_start, smallest_end = (source.row_bounds[(b * halves + half) * 2 + side] for side in range(2))
                 plgpu.barrier_wait(full.at[slot])
                 (scores,) = products((k_s, q_s.T))
 
                 def mask() -> Array:
-                    start, end = (
-                        plgpu.load(array.at[b, pl.ds(half * HALF, HALF)], layout=PER_COLUMN, optimized=False)
-                        for array in (source.start_BR, source.end_BR)
-                    )
+                    start, end = (plgpu.load(array, layout=PER_COLUMN) for array in (start_s, end_s))
                     return mask_scores(scores, base, start, end, 0)
 
                 whole = (base >= largest_start) & (base + HALF <= smallest_end)
@@ -275,10 +272,10 @@ def key_gradients(
                 ds = p * (dp - spread(plgpu.load(delta_s, layout=PER_COLUMN), dp.shape, 1))
                 (dk,) = accumulate(dk, ds.astype(dtype), q_s, staging)
                 plgpu.barrier_arrive(free.at[slot])
-                return dk, dv
+                return dk, dv, jnp.where(half + 1 == first + count, first, half + 1)
 
             zeros = zeros_of(HALF, head_dim)
-            dk, dv = lax.fori_loop(0, per_kv * count, step, (zeros, zeros))
+            dk, dv, _ = lax.fori_loop(0, per_kv * count, step, (zeros, zeros, first))
             k_s[...] = (dk * head_dim**-0.5).astype(dtype)
             v_s[...] = dv.astype(dtype)
             plgpu.commit_smem()
@@ -297,19 +294,21 @@ def key_gradients(
                 rows = pl.ds((first + lax.rem(i, count)) * HALF, HALF)
                 pl.when(i >= _KEY_STAGES)(partial(plgpu.barrier_wait, free.at[slot]))
                 by_row, by_head = (b, rows, head), (b, head, rows)
-                parts = ((q_ref, by_row), (d_out_ref, by_row), (lse_ref, by_head), (delta_ref, by_head))
+                parts = [(q_ref, by_row), (d_out_ref, by_row), (lse_ref, by_head), (delta_ref, by_head)]
+                parts += [(source.start_BR, (b, rows)), (source.end_BR, (b, rows))]
                 for (array, where), ring in zip(parts, rings, strict=True):
                     plgpu.copy_gmem_to_smem(array.at[where], ring.at[slot], full.at[slot])
 
             drain(per_kv * count, _KEY_STAGES, [free])
 
+    vectors = [plgpu.SMEM((_KEY_STAGES, HALF), vector) for vector in [jnp.float32] * 2 + [jnp.int32] * 2]
     tile = partial(tile_buffers, HALF, head_dim, dtype)
     scratch = {
         "k_s": tile(2),
         "v_s": tile(2),
         "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=2),
-        "rings": (tile(_KEY_STAGES), tile(_KEY_STAGES), *[plgpu.SMEM((_KEY_STAGES, HALF), jnp.float32)] * 2),
-        "full": plgpu.Barrier(num_arrivals=4, num_barriers=_KEY_STAGES),
+        "rings": (tile(_KEY_STAGES), tile(_KEY_STAGES), *vectors),
+        "full": plgpu.Barrier(num_arrivals=6, num_barriers=_KEY_STAGES),
         "free": plgpu.Barrier(num_arrivals=2, num_barriers=_KEY_STAGES),
     }
     out_type = (jax.ShapeDtypeStruct(source.k_BLKd.shape, dtype),) * 2
