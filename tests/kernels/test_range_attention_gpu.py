@@ -104,7 +104,7 @@ def nothing(rng, batch, rows, length):
 CASES = {
     "scattered": ((1, 150, 200, 2, 1, 64), None, scattered),
     "groups of 3": ((1, 195, 136, 1, 1, 64), 3, packed(50)),
-    "groups of 15": ((2, 75, 40, 2, 1, 128), 15, packed(9)),
+    "groups of 15": ((2, 75, 40, 1, 1, 128), 15, packed(9)),
 }
 
 
