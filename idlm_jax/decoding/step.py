@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Int
 
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.decoding.cache import Cache, cached_attention
-from idlm_jax.decoding.sampling import Coupling, Drafts, Filters, filtered_log_probs
+from idlm_jax.decoding.sampling import Coupling, Drafts, Filters
 from idlm_jax.decoding.window import Layout, build_window, window_rows
+from pallas_kernels.verify.api import draft, verify
 
 
 @dataclass(frozen=True)
@@ -75,19 +76,14 @@ def decode_round(model: Qwen3, state: DecodeState, policy: Policy) -> DecodeStat
         policy.adapter_from,
     )
     logits = model.logits(hidden)
-    if mask_token_id is not None:
-        logits = logits.at[:, :, mask_token_id].set(-jnp.inf)
-
-    key = state.filters.key
     positions = state.emitted[:, None] + jnp.arange(stride)
-    log_p = filtered_log_probs(logits[:, :stride], state.filters)
-    accepted, token = policy.coupling.verify(log_p, state.drafts, state.warm, key, positions)
+    accepted, token = verify(logits, state.filters, policy.coupling, state.drafts, state.warm, positions, mask_token_id)
 
     if stride > 1:
         first_row = stride + policy.layout.surviving_group(accepted) * (stride - 1)
         rows = first_row[:, None] + jnp.arange(stride - 1)
-        log_q = filtered_log_probs(jnp.take_along_axis(logits, rows[:, :, None], axis=1), state.filters)
-        drafts = policy.coupling.draft(log_q, key, (positions + accepted[:, None] + 1)[:, :-1])
+        after_token = (positions + accepted[:, None] + 1)[:, :-1]
+        drafts = draft(logits, rows, state.filters, policy.coupling, after_token, mask_token_id)
     else:
         drafts = state.drafts
     after = replace(
