@@ -5,7 +5,7 @@ differ from the reference's only where two scores tie within float32 rounding; t
 within rounding of top-p, as sums run in another order. Logits are read where they are: rows are named, not gathered.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ _STAGES = 3
 class Summary:
     """What the filters make of every row, enough to give the log-probability of any token."""
 
-    # Lowest kept value of ``logits / temperature``, as ``reference.ordered``.
+    # Lowest kept value of the tempered logits, as ``reference.ordered``.
     threshold: Int[Array, "B R"]
     # Largest value, its token, and log of the sum of the kept ``exp(value - largest)``; undefined unless asked for.
     maximum: Float[Array, "B R"]
@@ -57,7 +57,8 @@ def summarize(
     threshold, maximum, log_total, best, _ = jax_triton.triton_call(
         logits_BWV,
         _flat(row_BR, logits_BWV.shape[1]),
-        _per_row(filters.temperature, row_BR, jnp.float32),
+        _per_row(filters.temperature == 0, row_BR, jnp.int32),
+        _per_row(reference.sharpness(filters), row_BR, jnp.float32),
         _per_row(filters.top_k, row_BR, jnp.int32),
         _per_row(filters.top_p, row_BR, jnp.float32),
         kernel=triton_kernels.summarize_rows,
@@ -77,7 +78,7 @@ def summarize(
 def draw(
     logits_BWV: Float[Array, "B W V"],
     row_BR: Int[Array, "B R"],
-    temperature_B: Float[Array, " B"],
+    filters: Filters,
     threshold_BR: Int[Array, "B R"],
     key_BR: Key[Array, "B R"],
     removed: int | None = None,
@@ -90,7 +91,8 @@ def draw(
     score, token = jax_triton.triton_call(
         logits_BWV,
         _flat(row_BR, logits_BWV.shape[1]),
-        _per_row(temperature_B, row_BR, jnp.float32),
+        _per_row(filters.temperature == 0, row_BR, jnp.int32),
+        _per_row(reference.sharpness(filters), row_BR, jnp.float32),
         threshold_BR.reshape(-1),
         jax.random.key_data(key_BR).reshape(-1, 2),
         kernel=triton_kernels.draw_rows,
@@ -111,9 +113,8 @@ def _log_probs(
     logits_BRT: Float[Array, "B R T"], token_BRT: Int[Array, "*#B #R T"], summary: Summary, filters: Filters
 ) -> Float[Array, "B R T"]:
     """Filtered log-probabilities of some tokens of summarized rows, given their logits."""
-    temperature = filters.temperature[:, None, None]
-    greedy = temperature == 0
-    scaled = logits_BRT / jnp.where(greedy, 1.0, temperature)
+    greedy = (filters.temperature == 0)[:, None, None]
+    scaled = logits_BRT * reference.sharpness(filters)[:, None, None]
     log_p = (scaled - summary.maximum[:, :, None]) - summary.log_total[:, :, None]
     kept = reference.ordered(scaled) >= summary.threshold[:, :, None]
     kept = jnp.where(greedy, token_BRT == summary.best[:, :, None], kept)
@@ -147,7 +148,7 @@ def verify(
     summary = summarize(logits_BWV, row_BN, filters, removed, normalise=coupling.stores_q)
     if not coupling.stores_q:
         key_BN = reference.row_keys(filters.key, position_BN, PURPOSE_TOKEN)
-        tokens = draw(logits_BWV, row_BN, filters.temperature, summary.threshold, key_BN, removed)
+        tokens = draw(logits_BWV, row_BN, filters, summary.threshold, key_BN, removed)
         return reference.agreeing(tokens, drafts, warm_B)
     drafted = drafts.tokens[:, :, None]
     of_drafts = jax.tree.map(lambda values_BN: values_BN[:, :-1], summary)
@@ -159,8 +160,12 @@ def verify(
     log_p_row = _log_prob_rows(logits_BWV, row_B1, at_row, filters, removed)
     log_p_row = reference.corrected(log_p_row, drafts, accepted, warm_B)
     key_B1 = reference.row_keys(filters.key, jnp.take_along_axis(position_BN, row_B1, axis=1), PURPOSE_TOKEN)
-    ones, everything = jnp.ones_like(filters.temperature), jnp.full_like(row_B1, LOWEST)
-    return accepted, draw(log_p_row, jnp.zeros_like(row_B1), ones, everything, key_B1)[:, 0]
+    # Filtered and tempered already; the one row of its array.
+    as_it_is, everything = (
+        replace(filters, temperature=jnp.ones_like(filters.temperature)),
+        jnp.full_like(row_B1, LOWEST),
+    )
+    return accepted, draw(log_p_row, jnp.zeros_like(row_B1), as_it_is, everything, key_B1)[:, 0]
 
 
 def draft(
@@ -175,6 +180,6 @@ def draft(
     summary = summarize(logits_BWV, row_Bd, filters, removed, normalise=coupling.stores_q)
     purpose = PURPOSE_DRAFT if coupling.stores_q else PURPOSE_TOKEN
     key_Bd = reference.row_keys(filters.key, position_Bd, purpose)
-    tokens = draw(logits_BWV, row_Bd, filters.temperature, summary.threshold, key_Bd, removed)
+    tokens = draw(logits_BWV, row_Bd, filters, summary.threshold, key_Bd, removed)
     log_q = _log_prob_rows(logits_BWV, row_Bd, summary, filters, removed) if coupling.stores_q else None
     return Drafts(tokens, log_q)

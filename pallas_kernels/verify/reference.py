@@ -35,9 +35,8 @@ class Filters:
 
 def filtered_log_probs(logits_BRV: Float[Array, "B R V"], filters: Filters) -> Float[Array, "B R V"]:
     """Normalised float32 log-probabilities after temperature, top-k and top-p; -inf for what they exclude."""
-    temperature = filters.temperature[:, None, None]
-    greedy = temperature == 0
-    scaled = logits_BRV.astype(jnp.float32) / jnp.where(greedy, 1.0, temperature)
+    greedy = (filters.temperature == 0)[:, None, None]
+    scaled = logits_BRV.astype(jnp.float32) * sharpness(filters)[:, None, None]
     # The branch returns a threshold a row, not the row: the array over the vocabulary stays where it is, unused filters
     # cost nothing, and used ones become part of the kernels that follow.
     filtering = jnp.any((filters.top_k > 0) | (filters.top_p < 1))
@@ -46,6 +45,15 @@ def filtered_log_probs(logits_BRV: Float[Array, "B R V"], filters: Filters) -> F
     scaled = jnp.where(ordered(scaled) >= threshold, scaled, -jnp.inf)
     best = jnp.argmax(logits_BRV, axis=-1, keepdims=True) == jnp.arange(logits_BRV.shape[-1])
     return jnp.where(greedy, jnp.where(best, 0.0, -jnp.inf), jax.nn.log_softmax(scaled, axis=-1))
+
+
+def sharpness(filters: Filters) -> Float[Array, " B"]:
+    """What tempered logits are multiplied by: 1 / temperature, and 1 where greedy.
+
+    Division itself is rounded in another way by every compiler; a product is the same everywhere, so that kernels and
+    reference agree on each tempered logit to the last bit.
+    """
+    return 1 / jnp.where(filters.temperature == 0, 1, filters.temperature)
 
 
 def _lowest_kept(scaled: Float[Array, "B R V"], filters: Filters) -> Int[Array, "B R 1"]:

@@ -1,7 +1,7 @@
 """The two Triton kernels of verification; ``gpu.py`` calls them.
 
 ``summarize_rows`` finds what the filters keep of a row, by two reads of it; ``draw_rows`` draws from it, by one. Both
-see a row as ``logits / temperature`` in float32 and compare values as int32 of the same order, as the reference does.
+see a row as ``logits * sharpness`` in float32 and compare values as int32 of the same order, as the reference does.
 Imports Triton, so it is imported only where that kernel is chosen.
 """
 
@@ -24,11 +24,10 @@ def _order(values):
 
 
 @triton.jit
-def _load(logits_ptr, index, inside, temperature, REMOVED: tl.constexpr):
+def _load(logits_ptr, index, inside, sharpness, REMOVED: tl.constexpr):
     """Tempered logits, -inf outside the row and for the removed token."""
     logits = tl.load(logits_ptr + index, mask=inside, other=float("-inf"))
-    logits = tl.where(index == REMOVED, float("-inf"), logits)
-    return tl.div_rn(logits, tl.zeros_like(logits) + temperature)
+    return tl.where(index == REMOVED, float("-inf"), logits) * sharpness
 
 
 @triton.jit
@@ -59,7 +58,7 @@ def _search(values_ptr, count, low, maximum, target, BY_MASS: tl.constexpr, LANE
 
 @triton.jit
 def _collect(
-    logits_ptr, temperature, lowest, candidates_ptr,
+    logits_ptr, sharpness, lowest, candidates_ptr,
     V: tl.constexpr, LANES: tl.constexpr, REMOVED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Store the row's tempered values from ``lowest`` on; their number."""
@@ -67,7 +66,7 @@ def _collect(
     lane = tl.arange(0, LANES)
     count = tl.full((), 0, tl.int32)
     for start in tl.range(0, V, LANES, num_stages=STAGES):
-        values = _load(logits_ptr, start + lane, start + lane < V, temperature, REMOVED)
+        values = _load(logits_ptr, start + lane, start + lane < V, sharpness, REMOVED)
         taken = ((_order(values) >= lowest) & (start + lane < V)).to(tl.int32)
         here = tl.sum(taken, axis=0)
         if here > 0:
@@ -79,7 +78,7 @@ def _collect(
 
 @triton.jit
 def summarize_rows(
-    logits_all_ptr, row_ptr, temperature_ptr, top_k_ptr, top_p_ptr,
+    logits_all_ptr, row_ptr, greedy_ptr, sharpness_ptr, top_k_ptr, top_p_ptr,
     threshold_ptr, maximum_ptr, log_total_ptr, best_ptr, scratch_ptr,
     V: tl.constexpr, LANES: tl.constexpr, REMOVED: tl.constexpr, NORMALISE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -91,11 +90,11 @@ def summarize_rows(
     above the number of lanes, top-p of a flat row) the whole row becomes candidates.
     """
     program = tl.program_id(0)
-    greedy = tl.load(temperature_ptr + program) == 0
-    temperature = tl.where(greedy, 1.0, tl.load(temperature_ptr + program))
+    greedy = tl.load(greedy_ptr + program) != 0
+    sharpness = tl.load(sharpness_ptr + program)
     top_k = tl.load(top_k_ptr + program)
     top_p = tl.load(top_p_ptr + program)
-    filtering = ((top_k > 0) | (top_p < 1)) & (greedy == 0)
+    filtering = ((top_k > 0) | (top_p < 1)) & ~greedy
     tl.store(threshold_ptr + program, LOWEST)
     if NORMALISE or filtering:
         logits_ptr = logits_all_ptr + tl.load(row_ptr + program).to(tl.int64) * V
@@ -105,7 +104,7 @@ def summarize_rows(
         totals = tl.zeros((LANES,), tl.float32)
         places = tl.zeros((LANES,), tl.int32)
         for start in tl.range(0, V, LANES, num_stages=STAGES):
-            values = _load(logits_ptr, start + lane, start + lane < V, temperature, REMOVED)
+            values = _load(logits_ptr, start + lane, start + lane < V, sharpness, REMOVED)
             higher = tl.maximum(maxima, values)
             totals = totals * tl.exp(maxima - higher) + tl.exp(values - higher)
             places = tl.where(values > maxima, start + lane, places)
@@ -119,13 +118,13 @@ def summarize_rows(
             tl.debug_barrier()
             lowest = tl.full((), LOWEST, tl.int32)
             lowest = _search(candidates_ptr, LANES, lowest, maximum, rank, False, LANES)
-            count = _collect(logits_ptr, temperature, lowest, candidates_ptr, V, LANES, REMOVED, STAGES)
+            count = _collect(logits_ptr, sharpness, lowest, candidates_ptr, V, LANES, REMOVED, STAGES)
             enough = count >= top_k
             if top_k == 0:
                 enough = _weight(candidates_ptr, count, lowest, maximum, True, LANES) >= top_p * total
             if enough == 0:
                 lowest = tl.full((), LOWEST, tl.int32)
-                count = _collect(logits_ptr, temperature, lowest, candidates_ptr, V, LANES, REMOVED, STAGES)
+                count = _collect(logits_ptr, sharpness, lowest, candidates_ptr, V, LANES, REMOVED, STAGES)
             if top_k > 0:
                 lowest = _search(candidates_ptr, count, lowest, maximum, top_k.to(tl.float32), False, LANES)
                 total = _weight(candidates_ptr, count, lowest, maximum, True, LANES)
@@ -177,7 +176,7 @@ def _gumbel(high, low):
 
 @triton.jit
 def draw_rows(
-    logits_all_ptr, row_ptr, temperature_ptr, threshold_ptr, key_ptr, score_ptr, token_ptr,
+    logits_all_ptr, row_ptr, greedy_ptr, sharpness_ptr, threshold_ptr, key_ptr, score_ptr, token_ptr,
     V: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, REMOVED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program a part of a row: the token of the highest tempered logit plus noise, and that score.
@@ -188,19 +187,18 @@ def draw_rows(
     program = tl.program_id(0)
     part = tl.program_id(1)
     logits_ptr = logits_all_ptr + tl.load(row_ptr + program).to(tl.int64) * V
-    temperature = tl.load(temperature_ptr + program)
+    greedy = tl.load(greedy_ptr + program) != 0
+    sharpness = tl.load(sharpness_ptr + program)
     threshold = tl.load(threshold_ptr + program)
     key0 = tl.load(key_ptr + 2 * program)
     key1 = tl.load(key_ptr + 2 * program + 1)
-    greedy = temperature == 0
-    temperature = tl.where(greedy, 1.0, temperature)
     best = tl.full((), float("-inf"), tl.float32)
     token = tl.full((), 0, tl.int32) + part * PART
     lane = tl.arange(0, TILE)
     for offset in tl.range(0, PART, TILE, num_stages=STAGES):
         start = part * PART + offset
         index = start + lane
-        scaled = _load(logits_ptr, index, index < V, temperature, REMOVED)
+        scaled = _load(logits_ptr, index, index < V, sharpness, REMOVED)
         kept = tl.where(_order(scaled) >= threshold, scaled, float("-inf"))
         highest = tl.max(kept, axis=0)
         if greedy:
