@@ -53,6 +53,8 @@ def summarize(
     """Filter the given rows; without ``normalise`` only the threshold is found, and unfiltered rows are not read."""
     rows, vocabulary = row_BR.size, logits_BWV.shape[-1]
     warps = 16 if rows <= _FEW_ROWS else 8
+    lanes = 256 * warps
+    room = max(vocabulary, lanes)  # of scratch: all of a row may become candidates
     shapes = [jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32, jnp.int32)]
     threshold, maximum, log_total, best, _ = jax_triton.triton_call(
         logits_BWV,
@@ -62,11 +64,12 @@ def summarize(
         _per_row(filters.top_k, row_BR, jnp.int32),
         _per_row(filters.top_p, row_BR, jnp.float32),
         kernel=triton_kernels.summarize_rows,
-        out_shape=[*shapes, jax.ShapeDtypeStruct((rows, vocabulary), jnp.float32)],
+        out_shape=[*shapes, jax.ShapeDtypeStruct((rows, room), jnp.float32)],
         grid=(rows,),
         num_warps=warps,
         V=vocabulary,
-        LANES=256 * warps,
+        ROOM=room,
+        LANES=lanes,
         REMOVED=-1 if removed is None else removed,
         NORMALISE=normalise,
         STAGES=_STAGES,

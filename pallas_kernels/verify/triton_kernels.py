@@ -80,7 +80,8 @@ def _collect(
 def summarize_rows(
     logits_all_ptr, row_ptr, greedy_ptr, sharpness_ptr, top_k_ptr, top_p_ptr,
     threshold_ptr, maximum_ptr, log_total_ptr, best_ptr, scratch_ptr,
-    V: tl.constexpr, LANES: tl.constexpr, REMOVED: tl.constexpr, NORMALISE: tl.constexpr, STAGES: tl.constexpr,
+    V: tl.constexpr, ROOM: tl.constexpr, LANES: tl.constexpr, REMOVED: tl.constexpr, NORMALISE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program a row: threshold of top-k, then top-p; with NORMALISE the largest value, where it is, and log-sum.
 
@@ -98,7 +99,7 @@ def summarize_rows(
     tl.store(threshold_ptr + program, LOWEST)
     if NORMALISE or filtering:
         logits_ptr = logits_all_ptr + tl.load(row_ptr + program).to(tl.int64) * V
-        candidates_ptr = scratch_ptr + program.to(tl.int64) * V
+        candidates_ptr = scratch_ptr + program.to(tl.int64) * ROOM
         lane = tl.arange(0, LANES)
         maxima = tl.full((LANES,), FLOOR, tl.float32)
         totals = tl.zeros((LANES,), tl.float32)

@@ -261,12 +261,13 @@ def test_a_round_of_mixed_requests_equals_the_reference(kernels, name):
 
 
 @pytest.mark.parametrize("name", COUPLINGS)
-def test_autoregressive_decoding_is_stride_one(kernels, name):
-    coupling, filters = COUPLINGS[name], make_filters((1.0, 0, 1.0), (0.7, 5, 0.9))
-    logits, positions = normal_logits(6, 2, 1, VOCAB), rows_of(2, 3)
-    none = Drafts(jnp.zeros((2, 0), jnp.int32), jnp.zeros((2, 0, VOCAB)) if coupling.stores_q else None)
-    ours = gpu.verify(logits, filters, coupling, none, jnp.zeros(2, bool), positions, None)
-    theirs = _reference_verify(logits, filters, coupling, none, jnp.zeros(2, bool), positions, None)
+def test_stride_one_and_a_vocabulary_smaller_than_a_tile(kernels, name):
+    coupling, small = COUPLINGS[name], 61
+    filters = make_filters((1.0, 0, 1.0), (0.7, 5, 0.9), (1.0, 80, 0.7))
+    logits, positions = normal_logits(6, 3, 1, small), rows_of(3, 3)
+    none = Drafts(jnp.zeros((3, 0), jnp.int32), jnp.zeros((3, 0, small)) if coupling.stores_q else None)
+    ours = gpu.verify(logits, filters, coupling, none, jnp.zeros(3, bool), positions, None)
+    theirs = _reference_verify(logits, filters, coupling, none, jnp.zeros(3, bool), positions, None)
     np.testing.assert_array_equal(ours, theirs)
 
 
@@ -318,7 +319,7 @@ from pallas_kernels.verify import triton_kernels as kernels
 
 TYPES = {name: "*i32" for name in ("row", "greedy", "top_k", "threshold", "best", "token")} | {"key": "*u32"}
 COMMON = dict(V=151936, REMOVED=16, STAGES=3)
-CASES = [(kernels.summarize_rows, warps, dict(LANES=256 * warps, NORMALISE=normalise))
+CASES = [(kernels.summarize_rows, warps, dict(LANES=256 * warps, ROOM=151936, NORMALISE=normalise))
          for warps in (8, 16) for normalise in (False, True)]
 CASES += [(kernels.draw_rows, 4, dict(PART=38912, TILE=2048))]
 for kernel, warps, constants in CASES:
