@@ -3,12 +3,15 @@
 import logging
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.decode_attention import gpu, reference
+import pallas_kernels
+from pallas_kernels.decode_attention import reference
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas")
 _log = logging.getLogger(__name__)
@@ -29,7 +32,7 @@ def window_attention(
     """
     if _choose(implementation, q_BWHd, k_BKSd, paged=False) == "xla":
         return reference.window_attention(q_BWHd, k_BKSd, v_BKSd, prefix_B, mask_BWW)
-    return _on_each_device(gpu.window_attention, q_BWHd, k_BKSd, v_BKSd, prefix_B, mask_BWW)
+    return _on_each_device(_gpu().window_attention, q_BWHd, k_BKSd, v_BKSd, prefix_B, mask_BWW)
 
 
 def paged_window_attention(
@@ -48,7 +51,7 @@ def paged_window_attention(
     """
     if _choose(implementation, q_BWHd, k_PKSd, paged=True) == "xla":
         return reference.paged_window_attention(q_BWHd, k_PKSd, v_PKSd, pages_BN, prefix_B, mask_BWW)
-    return _on_each_device(gpu.paged_window_attention, q_BWHd, k_PKSd, v_PKSd, pages_BN, prefix_B, mask_BWW)
+    return _on_each_device(_gpu().paged_window_attention, q_BWHd, k_PKSd, v_PKSd, pages_BN, prefix_B, mask_BWW)
 
 
 def _on_each_device(attend: Callable[..., Array], q_BWHd: Array, *rest: Array) -> Array:
@@ -63,14 +66,20 @@ def _choose(implementation: str, q: Array, k: Array, paged: bool) -> str:
         raise ValueError(f"unknown implementation '{implementation}' (one of {', '.join(IMPLEMENTATIONS)})")
     if implementation == "xla":
         return "xla"
-    reason = gpu.unsupported(q, k, paged)
-    if reason is None and not _on_hopper():
-        reason = f"{jax.default_backend()}: needs an NVIDIA GPU of compute capability 9.0"
+    reason = f"{jax.default_backend()}: needs an NVIDIA GPU of compute capability 9.0"
+    if _on_hopper():
+        reason = _gpu().unsupported(q, k, paged)
     if implementation == "auto":
+        reason = reason or (None if pallas_kernels.BY_DEFAULT else "the kernel runs when asked for")
         _announce("xla" if reason else "pallas", reason)
     elif reason:
         raise ValueError(f"the pallas kernel of window attention does not run here: {reason}")
     return "xla" if reason else "pallas"
+
+
+def _gpu() -> ModuleType:
+    """The kernel for Hopper, imported when it is needed: Mosaic GPU takes a second to import."""
+    return import_module("pallas_kernels.decode_attention.gpu")
 
 
 @cache

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+import pallas_kernels
 from pallas_kernels.range_attention import cudnn, reference
 from pallas_kernels.range_attention.reference import GroupKV
 
@@ -70,7 +71,7 @@ def _device() -> str:
 @cache
 def _choose(device: str, dtype: jnp.dtype, head_dim: int, group_size: int) -> str:
     chosen = "xla"
-    if device == _HOPPER and _gpu().refusal(dtype, head_dim, group_size) is None:
+    if pallas_kernels.BY_DEFAULT and device == _HOPPER and _gpu().refusal(dtype, head_dim, group_size) is None:
         chosen = "pallas"
     elif device.startswith("gpu") and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
         chosen = "cudnn"

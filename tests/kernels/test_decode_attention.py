@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import pallas_kernels
 from pallas_kernels.decode_attention import api, gpu, reference
 from tests.kernels.aot import compile_for_h100
 
@@ -204,6 +205,7 @@ def test_without_hopper_auto_is_the_reference_and_pallas_is_refused(caplog):
 
 
 def test_on_hopper_auto_takes_the_kernel_where_it_can_and_an_explicit_choice_never_falls_back(monkeypatch):
+    monkeypatch.setattr(pallas_kernels, "BY_DEFAULT", True)
     monkeypatch.setattr(api, "_on_hopper", lambda: True)
     monkeypatch.setattr(gpu, "window_attention", lambda *_: "kernel")
     assert api.window_attention(*small(jnp.bfloat16)) == "kernel"

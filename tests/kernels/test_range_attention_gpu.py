@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
+import pallas_kernels
 from pallas_kernels.range_attention import api, gpu, gpu_tiles, reference
 from tests.kernels.aot import compile_for_h100
 
@@ -198,7 +199,8 @@ def test_pallas_is_refused_where_there_is_no_hopper_gpu(monkeypatch):
             api.range_attention(*arguments, implementation="pallas")
 
 
-def test_auto_takes_the_kernels_on_hopper_where_they_can_run_and_says_so_once(caplog):
+def test_auto_takes_the_kernels_on_hopper_where_they_can_run_and_says_so_once(caplog, monkeypatch):
+    monkeypatch.setattr(pallas_kernels, "BY_DEFAULT", True)
     api._choose.cache_clear()
     bf16, wanted = jnp.dtype(jnp.bfloat16), []
     with caplog.at_level(logging.INFO, "pallas_kernels"):

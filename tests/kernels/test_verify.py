@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels
 from pallas_kernels.verify import api, reference
 from pallas_kernels.verify.reference import COUPLINGS, LOWEST, PURPOSE_TOKEN, Drafts, Filters, RatioCoupling
 from tests.kernels.interpreted_triton import interpret
@@ -83,6 +84,7 @@ def test_unknown_or_impossible_implementations_are_refused():
 )
 def test_auto_takes_triton_only_where_it_runs_and_says_why_not_once(facts, reason, monkeypatch, caplog):
     monkeypatch.setattr(api.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(pallas_kernels, "BY_DEFAULT", True)
     api._choose.cache_clear()
     with caplog.at_level(logging.INFO):
         assert [api._choose(*facts) for _ in range(3)] == ["xla"] * 3
