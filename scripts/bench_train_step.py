@@ -49,15 +49,14 @@ class Case:
     remat: str = "block"
     noisy_loss: str = "ce"
     accumulation: int = 1
-    loss_chunk: int = 256
 
 
 CASES = {
     "tiny": Case("tiny", "full", 64, 2),
-    "smollm2-gated": Case("smollm2-135m", "gated-lora", 1024, 64, rank=32, noisy_loss="tv", loss_chunk=32),
-    "smollm2-full": Case("smollm2-135m", "full", 1024, 64, loss_chunk=32),
+    "smollm2-gated": Case("smollm2-135m", "gated-lora", 1024, 64, rank=32, noisy_loss="tv"),
+    "smollm2-full": Case("smollm2-135m", "full", 1024, 64),
     "qwen3-0.6b-full": Case("qwen3-0.6b", "full", 4096, 8),
-    "qwen3-8b-gated": Case("qwen3-8b", "gated-lora", 4096, 2, rank=128, noisy_loss="tv", loss_chunk=512),
+    "qwen3-8b-gated": Case("qwen3-8b", "gated-lora", 4096, 2, rank=128, noisy_loss="tv"),
 }
 TINY = {
     "model_type": "qwen3",
@@ -129,7 +128,6 @@ def run(case: Case, attention: str, steps: int, profile: int = 0) -> dict[str, o
         accumulation=case.accumulation,
         remat=case.remat,
         attention=attention,
-        loss_chunk=case.loss_chunk,
     )
     adapter = AdapterConfig(case.rank, 2 * case.rank) if case.rank else None
     builder = ModelBuilder(model_config(case.model), adapter, "bfloat16", Remat(case.remat))
@@ -208,7 +206,6 @@ def main() -> None:
     parser.add_argument("--attention", nargs="+", default=["auto"])
     parser.add_argument("--batch", type=int, help="rows a step, instead of the case's")
     parser.add_argument("--remat", choices=[remat.value for remat in Remat], help="instead of the case's")
-    parser.add_argument("--loss-chunk", type=int, help="instead of the case's")
     parser.add_argument("--length", type=int, help="tokens a row, instead of the case's")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", type=int, default=0, metavar="COUNT", help="print so many of the longest kernels")
@@ -216,7 +213,7 @@ def main() -> None:
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}", flush=True)
     rows = []
     for name in arguments.cases:
-        changes = {"batch": arguments.batch, "remat": arguments.remat, "loss_chunk": arguments.loss_chunk}
+        changes = {"batch": arguments.batch, "remat": arguments.remat}
         changes["length"] = arguments.length
         case = dataclasses.replace(CASES[name], **{key: value for key, value in changes.items() if value is not None})
         for attention in arguments.attention:

@@ -26,7 +26,8 @@ from idlm_jax.training.config import DTYPES
 from idlm_jax.training.groups import Batch, GroupPolicy, draw_groups
 from idlm_jax.training.params import Flat, ModelBuilder, flat_adapter, flat_base
 from idlm_jax.training.two_stream import clean_stream, noisy_stream
-from pallas_kernels.linear_cross_entropy.reference import cross_entropy, map_rows
+from pallas_kernels.linear_cross_entropy.api import map_rows
+from pallas_kernels.linear_cross_entropy.reference import cross_entropy
 
 
 @jax.tree_util.register_dataclass
@@ -84,14 +85,13 @@ def measure(
     temperatures: Sequence[float] = (1.0,),
     seed: int = 0,
     attention: str = "auto",
-    chunk: int = 256,
 ) -> AcceptanceReport:
     """Acceptance over all batches, one group of masks for every ``block_size`` tokens, at random starts.
 
     Greedy is always measured too (temperature 0). ``gated``: an adapter acts on mask rows only, as in lossless
     decoding. Raises UserError where there is nothing to draft.
     """
-    step = _compiled(builder, GroupPolicy(block_size, "random"), gated, tuple(temperatures), attention, chunk)
+    step = _compiled(builder, GroupPolicy(block_size, "random"), gated, tuple(temperatures), attention)
     total: Sums | None = None
     key = jax.random.key(seed)
     for i, batch in enumerate(batches):
@@ -183,7 +183,6 @@ def _compiled(
     gated: bool,
     temperatures: tuple[float, ...],
     attention: str,
-    chunk: int,
 ) -> jax.stages.Wrapped:
     """One compiled program for all measurements of a run."""
     return jax.jit(
@@ -194,7 +193,6 @@ def _compiled(
             gated=gated,
             temperatures=temperatures,
             attention=attention,
-            chunk=chunk,
         )
     )
 
@@ -209,7 +207,6 @@ def _batch_sums(
     gated: bool,
     temperatures: tuple[float, ...],
     attention: str,
-    chunk: int,
 ) -> Sums:
     model, mask_token_id = builder.build(params), builder.config.mask_token_id
     assert mask_token_id is not None
@@ -227,11 +224,11 @@ def _batch_sums(
         return [*accepted, (jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)).astype(jnp.float32)]
 
     head = builder.head(params)
-    accepted_TBR = jnp.stack(map_rows(compare, noisy_hidden, head, rows.targets, teacher, chunk))
+    accepted_TBR = jnp.stack(map_rows(compare, noisy_hidden, head, rows.targets, teacher))
     groups = (accepted_TBR.shape[0], *rows.targets.shape[:1], -1, policy.block_size)
     accepted, is_target = accepted_TBR.reshape(groups), rows.is_target.reshape(groups[1:]).astype(jnp.float32)
     whole = jnp.cumprod(is_target, axis=-1)
-    clean = map_rows(cross_entropy, clean_hidden, head, batch.next_tokens, None, chunk)
+    clean = map_rows(cross_entropy, clean_hidden, head, batch.next_tokens)
     clean_targets = batch.clean_targets.astype(jnp.float32)
     return Sums(
         accepted=jnp.sum(accepted * is_target, axis=(1, 2)),

@@ -135,8 +135,6 @@ class TrainConfig:
     remat: str = "block"
     # Attention: "auto", "xla", "cudnn" or "pallas".
     attention: str = "auto"
-    # Rows of a sequence whose logits are held at a time.
-    loss_chunk: int = 256
     # Losses of method.md 2.4: which noisy rows ("masked", official, or "answer"), whether prompts are learnt too, and
     # whether every document counts the same (None: yes for aligned starts, as in the official code).
     noisy_targets: str = "masked"
@@ -200,7 +198,6 @@ def validate(config: TrainConfig) -> None:
         ("length", config.length, 2),
         ("batch_size", config.batch_size, 1),
         ("accumulation", config.accumulation, 1),
-        ("loss_chunk", config.loss_chunk, 1),
         ("seed", config.seed, 0),
         ("checkpoint.every", config.checkpoint.every, 1),
         ("checkpoint.keep_last", config.checkpoint.keep_last, 1),

@@ -71,8 +71,8 @@ def train(config: TrainConfig, resume: bool = False) -> Outcome:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            "the device has no memory left: train with a smaller batch_size, more parts a step (accumulation), a "
-            "smaller loss_chunk, or remat: block; --dry-run tells the memory beforehand"
+            "the device has no memory left: train with a smaller batch_size, more parts a step (accumulation), or "
+            "remat: block; --dry-run tells the memory beforehand"
         ) from None
 
 
@@ -270,7 +270,6 @@ class _Run:
             gated=config.mode != "lora",
             seed=config.seed,
             attention=config.attention,
-            chunk=config.loss_chunk,
         )
         self.acceptance_step = done
 

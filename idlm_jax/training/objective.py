@@ -9,8 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.training.groups import Batch, GroupPolicy, NoisyRows, draw_groups
-from idlm_jax.training.two_stream import clean_stream, noisy_stream
-from pallas_kernels.linear_cross_entropy.reference import ROW_LOSSES, SOFT_LOSSES, RowFunction, map_rows
+from idlm_jax.training.two_stream import CleanStates, clean_stream, noisy_stream
+from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
+from pallas_kernels.linear_cross_entropy.reference import SOFT_LOSSES
 
 # ar: next-token loss alone. full: all weights, both streams. lora: an adapter on both streams (official). gated-lora:
 # an adapter on the noisy stream only, so that the clean stream is the frozen base model.
@@ -38,8 +39,6 @@ class Objective:
     noisy_targets: str = "masked"
     # Learn every token, prompts too, instead of those of the loss mask.
     learn_prompts: bool = False
-    # Rows of each sequence whose logits are held at a time.
-    loss_chunk: int = 256
     attention: str = "auto"
 
     @property
@@ -75,25 +74,24 @@ def training_loss(
         batch = replace(batch, loss_mask=batch.segment_ids > 0)
     clean_adapter_from = 0 if objective.mode == "lora" else None
     clean_hidden, states = clean_stream(model, batch, clean_adapter_from, objective.attention)
-    clean, clean_rows, clean_losses = jnp.float32(0), jnp.int32(0), None
-    if objective.has_clean_loss:
-        clean_losses = _row_losses("ce", clean_hidden, head, batch.next_tokens, None, objective)
-        clean = jnp.sum(_clean_weights(batch, objective) * clean_losses)
-        clean_rows = jnp.sum(batch.clean_targets)
     if objective.mode == "ar":
+        clean, _ = _clean_loss(clean_hidden, head, batch, objective)
         nothing = jnp.int32(0)
-        return Losses(clean, jnp.float32(0), clean, jnp.zeros(0), nothing, clean_rows, nothing)
+        return Losses(clean, jnp.float32(0), clean, jnp.zeros(0), nothing, jnp.sum(batch.clean_targets), nothing)
 
-    noisy_rows, row_losses = noisy_losses(model, batch, objective, key, clean_hidden, states, head)
+    mask_token_id = model.config.mask_token_id
+    assert mask_token_id is not None
+    noisy_rows = draw_groups(batch, objective.groups, mask_token_id, key)
     noisy_weights, first_weights = _noisy_weights(batch, noisy_rows, objective)
-    noisy = jnp.sum(noisy_weights * row_losses)
-    if clean_losses is not None:
+    noisy, row_losses = _noisy_loss(model, noisy_rows, noisy_weights, objective, clean_hidden, states, head)
+    total, clean, clean_rows = noisy, jnp.float32(0), jnp.int32(0)
+    if objective.has_clean_loss:
         # The prompt's last row sees the same in both streams, so its noisy loss is its clean one.
-        noisy += jnp.sum(first_weights * clean_losses)
+        clean, of_first_rows = _clean_loss(clean_hidden, head, batch, objective, first_weights)
+        clean_rows = jnp.sum(batch.clean_targets)
+        noisy += of_first_rows
         balance = jax.lax.stop_gradient(noisy) / (jax.lax.stop_gradient(clean) + _BALANCE_EPSILON)
         total = noisy + (balance if objective.clean_weight is None else objective.clean_weight) * clean
-    else:
-        total = noisy
     return Losses(
         total,
         noisy,
@@ -105,27 +103,38 @@ def training_loss(
     )
 
 
-def noisy_losses(
+def _noisy_loss(
     model: Qwen3,
-    batch: Batch,
+    rows: NoisyRows,
+    weights: Float[Array, "B R"],
     objective: Objective,
-    key: Array,
     clean_hidden: Float[Array, "B L D"],
-    states: tuple[Array, Array],
+    states: CleanStates,
     head: Float[Array, "V D"],
-) -> tuple[NoisyRows, Float[Array, "B R"]]:
-    """The noisy rows of a batch and the loss of each of them, whether or not it counts."""
-    mask_token_id = model.config.mask_token_id
-    assert mask_token_id is not None
-    noisy_rows = draw_groups(batch, objective.groups, mask_token_id, key)
+) -> tuple[Float[Array, ""], Float[Array, "B R"]]:
+    """The weighted loss of the noisy rows, and the loss of each of them, whether or not it counts."""
     adapter_from = None if objective.mode == "full" else 0
-    noisy_hidden = noisy_stream(
-        model, noisy_rows, states, objective.groups.block_size, adapter_from, objective.attention
-    )
+    hidden = noisy_stream(model, rows, states, objective.groups.block_size, adapter_from, objective.attention)
     teacher = None
     if objective.noisy_loss in SOFT_LOSSES:
-        teacher = jax.lax.stop_gradient(jnp.take_along_axis(clean_hidden, noisy_rows.clean_row[:, :, None], axis=1))
-    return noisy_rows, _row_losses(objective.noisy_loss, noisy_hidden, head, noisy_rows.targets, teacher, objective)
+        teacher = jnp.take_along_axis(clean_hidden, rows.clean_row[:, :, None], axis=1)
+    sums, losses = linear_cross_entropy(objective.noisy_loss, hidden, head, rows.targets, weights[None], teacher)
+    return sums[0], losses
+
+
+def _clean_loss(
+    hidden: Float[Array, "B L D"],
+    head: Float[Array, "V D"],
+    batch: Batch,
+    objective: Objective,
+    first_weights: Float[Array, "B L"] | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The weighted loss of the clean rows, and its part that counts as noisy loss."""
+    weights = _clean_weights(batch, objective)
+    if first_weights is None:
+        return linear_cross_entropy("ce", hidden, head, batch.next_tokens, weights[None])[0][0], jnp.float32(0)
+    clean, noisy = linear_cross_entropy("ce", hidden, head, batch.next_tokens, jnp.stack([weights, first_weights]))[0]
+    return clean, noisy
 
 
 def mean_by_depth(values_BR: Float[Array, "B R"], rows: NoisyRows, block_size: int) -> Float[Array, " block"]:
@@ -133,13 +142,6 @@ def mean_by_depth(values_BR: Float[Array, "B R"], rows: NoisyRows, block_size: i
     shape = (values_BR.shape[0], -1, block_size)
     weight = rows.is_target.reshape(shape).astype(jnp.float32)
     return jnp.sum(weight * values_BR.reshape(shape), axis=(0, 1)) / jnp.maximum(jnp.sum(weight, axis=(0, 1)), 1)
-
-
-def _row_losses(
-    name: str, hidden: Array, head: Array, targets: Array, teacher: Array | None, objective: Objective
-) -> Float[Array, "B R"]:
-    function: RowFunction = ROW_LOSSES[name]
-    return map_rows(function, hidden, head, targets, teacher, objective.loss_chunk)
 
 
 def _clean_weights(batch: Batch, objective: Objective) -> Float[Array, "B L"]:
@@ -151,16 +153,18 @@ def _clean_weights(batch: Batch, objective: Objective) -> Float[Array, "B L"]:
 
 def _noisy_weights(
     batch: Batch, rows: NoisyRows, objective: Objective
-) -> tuple[Float[Array, "B R"], Float[Array, "B L"]]:
-    """Weights of the noisy rows, and of clean rows that count as noisy ones."""
+) -> tuple[Float[Array, "B R"], Float[Array, "B L"] | None]:
+    """Weights of the noisy rows, and of clean rows that count as noisy ones, if any do."""
     targets = rows.is_target.astype(jnp.float32)
-    also = objective.noisy_targets == "answer" and objective.has_clean_loss
-    firsts = (batch.clean_targets & ~batch.loss_mask & also).astype(jnp.float32)
+    firsts = None
+    if objective.noisy_targets == "answer" and objective.has_clean_loss:
+        firsts = (batch.clean_targets & ~batch.loss_mask).astype(jnp.float32)
     if not objective.by_document:
-        count = jnp.maximum(jnp.sum(targets) + jnp.sum(firsts), 1)
-        return targets / count, firsts / count
+        count = jnp.maximum(jnp.sum(targets) + (0 if firsts is None else jnp.sum(firsts)), 1)
+        return targets / count, None if firsts is None else firsts / count
     weight = 1 / jnp.maximum(_document_sum(batch, batch.loss_mask.astype(jnp.float32)), 1) / _documents(batch)
-    return targets * jnp.take_along_axis(weight, rows.clean_row, axis=1), firsts * weight
+    targets *= jnp.take_along_axis(weight, rows.clean_row, axis=1)
+    return targets, None if firsts is None else firsts * weight
 
 
 def _documents(batch: Batch) -> Float[Array, ""]:

@@ -1,7 +1,6 @@
-"""Row losses of ``hidden @ head`` in plain jnp, a few rows at a time: no ``[rows, vocabulary]`` array is ever held.
+"""Losses of next-token distributions, row by row, from whole logits in plain jnp: the definitions and the oracle.
 
-The logits of a chunk of rows are computed, reduced to a few numbers a row, and forgotten; the backward pass computes
-them again. Losses: ``ce`` against a token, ``kl`` and ``tv`` against the distribution of a teacher row (design.md 6).
+``ce`` against a token, ``kl`` and ``tv`` against the distribution of a teacher row (design.md 6).
 """
 
 from collections.abc import Callable
@@ -42,70 +41,25 @@ ROW_LOSSES: dict[str, RowFunction] = {"ce": cross_entropy, "kl": kl_divergence, 
 SOFT_LOSSES = ("kl", "tv")
 
 
-@jax.custom_vjp
-def head_logits(hidden: Float[Array, "*rows D"], head: Float[Array, "V D"]) -> Float[Array, "*rows V"]:
-    """``hidden @ head.T`` in float32: products in the dtype of ``hidden``, sums in float32.
-
-    Its gradients are products in that dtype too (JAX by itself would multiply the float32 cotangent in float32), and
-    the head's gradient has the dtype of the head, so that a float32 head sums its chunks in float32.
-    """
-    return _product("bcd,vd->bcv", hidden, head.astype(hidden.dtype))
-
-
-def _head_logits_forward(hidden: Array, head: Array) -> tuple[Array, tuple[Array, Array]]:
-    return head_logits(hidden, head), (hidden, head)
-
-
-def _head_logits_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    hidden, head = residuals
-    cotangent = cotangent.astype(hidden.dtype)
-    d_hidden = _product("bcv,vd->bcd", cotangent, head.astype(hidden.dtype), like=hidden)
-    d_head = _product("bcv,bcd->vd", cotangent, hidden, like=head)
-    return d_hidden.astype(hidden.dtype), d_head.astype(head.dtype)
-
-
-def _product(equation: str, x: Array, y: Array, like: Array | None = None) -> Array:
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    sharding = None if like is None else jax.typeof(like).sharding
-    return jnp.einsum(
-        equation,
-        x,
-        y,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-        out_sharding=None if sharding is None or sharding.mesh.empty else sharding.spec,
-    )
-
-
-head_logits.defvjp(_head_logits_forward, _head_logits_backward)
-
-
-def map_rows(
-    function: RowFunction,
+def linear_cross_entropy(
+    loss: str,
     hidden_BRD: Float[Array, "B R D"],
     head_VD: Float[Array, "V D"],
     targets_BR: Int[Array, "B R"],
+    weights_KBR: Float[Array, "K B R"],
     teacher_BRD: Float[Array, "B R D"] | None = None,
-    chunk: int = 256,
-) -> Any:
-    """``function`` of the logits of every row; its results are pytrees of [B, R] arrays.
+) -> tuple[Float[Array, " K"], Float[Array, "B R"]]:
+    """Sums of the row losses of ``hidden @ head.T``, one for each set of weights, and the row losses themselves.
 
-    ``chunk`` rows of every sequence are done at a time; the backward pass computes their logits again. The teacher's
-    logits come from the same head and carry no gradient.
+    All logits are held at once. The teacher's come from the same head; neither they nor the row losses returned carry
+    a gradient.
     """
-    batch, rows, _ = hidden_BRD.shape
-    chunk = min(chunk, rows)
-    chunks = -(-rows // chunk)
+    head = head_VD.astype(hidden_BRD.dtype)
 
-    def cut(array: Array) -> Array:
-        padded = jnp.pad(array, [(0, 0), (0, chunks * chunk - rows)] + [(0, 0)] * (array.ndim - 2))
-        return padded.reshape(batch, chunks, chunk, *array.shape[2:]).swapaxes(0, 1)
+    def logits(hidden: Array) -> Float[Array, "B R V"]:
+        dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+        return jnp.einsum("brd,vd->brv", hidden, head, precision="highest", preferred_element_type=dtype)
 
-    @jax.checkpoint
-    def of_chunk(hidden: Array, teacher: Array | None, targets: Array) -> Any:
-        soft = None if teacher is None else jax.lax.stop_gradient(head_logits(teacher, head_VD))
-        return function(head_logits(hidden, head_VD), soft, targets)
-
-    parts = (cut(hidden_BRD), None if teacher_BRD is None else cut(teacher_BRD), cut(targets_BR))
-    results = jax.lax.map(lambda part: of_chunk(*part), parts)
-    return jax.tree.map(lambda array: array.swapaxes(0, 1).reshape(batch, chunks * chunk)[:, :rows], results)
+    teacher = None if teacher_BRD is None else jax.lax.stop_gradient(logits(teacher_BRD))
+    losses = ROW_LOSSES[loss](logits(hidden_BRD), teacher, targets_BR)
+    return jnp.sum(weights_KBR * losses, axis=(1, 2)), jax.lax.stop_gradient(losses)

@@ -44,7 +44,6 @@ def run(
         dtype="float32",
         batch_size=16,
         accumulation=2,
-        loss_chunk=8,
         attention=attention,
     )
     model = tiny_config(vocab_size=VOCAB)

@@ -213,7 +213,6 @@ def optimizer(**changes: Any) -> dict[str, Any]:
         ({"length": 1}, "length: must be at least 2"),
         ({"batch_size": 8, "accumulation": 3}, "batch_size: 8 rows cannot be cut into 3 equal parts"),
         ({"accumulation": 0}, "accumulation: must be at least 1"),
-        ({"loss_chunk": 0}, "loss_chunk: must be"),
         ({"seed": -1}, "seed: must be"),
         ({"divergence": 0.5}, "divergence: must be a factor above 1, or 0 for off"),
         ({"by_document": True}, "by_document: divides by the tokens of aligned groups, but stages.0.starts is random"),

@@ -25,7 +25,7 @@ OPTIMIZER = optax.sgd(1.0)
 # Without mask groups nothing is random, so a part gives the same whatever its number.
 STEP = make_train_step(
     ModelBuilder(CONFIG, None, "float32"),
-    Objective("ar", GroupPolicy(1), loss_chunk=8),
+    Objective("ar", GroupPolicy(1)),
     OPTIMIZER,
     seed=0,
 )

@@ -217,7 +217,7 @@ def test_noisy_rows_are_the_mask_rows_of_the_decoder_after_the_same_prefix() -> 
 def gradient_with(remat: Remat) -> Flat:
     """Of a gated adapter's loss."""
     batch = random_batch(2, 20, 5)
-    objective = Objective("gated-lora", GroupPolicy(3), "tv", loss_chunk=7)
+    objective = Objective("gated-lora", GroupPolicy(3), "tv")
     builder = tiny_builder(True, remat=remat)
 
     def loss(params: Flat) -> jax.Array:
