@@ -64,59 +64,76 @@ def _add_exponentials(x: tuple[Array, Array], y: tuple[Array, Array]) -> tuple[A
     return jnp.maximum(x_largest, y_largest), total
 
 
+class Distribution(NamedTuple):
+    """Of some rows over the vocabulary: the logits of this part of it, and what normalises them."""
+
+    logits: Float[Array, "c V"]
+    largest: Float[Array, "c 1"]
+    log_total: Float[Array, "c 1"]
+
+    def log(self, logits: Array) -> Array:
+        """Log probabilities of logits, of all or of some."""
+        # Not less the sum of the two: what is near the largest logit would lose its last bits.
+        return (logits - self.largest) - self.log_total
+
+    @property
+    def probabilities(self) -> Float[Array, "c V"]:
+        """Of this part of the vocabulary."""
+        return jnp.exp(self.log(self.logits))
+
+    def rows(self, begin: int, end: int) -> "Distribution":
+        """Some of the rows."""
+        return Distribution(*(array[begin:end] for array in self))
+
+
 class _Loss(NamedTuple):
-    """A loss in two readings of the rows' log q and log p (None without a teacher)."""
+    """A loss of rows of q against those of p (None without a teacher) or targets, in two readings of the logits."""
 
     # -> the losses and what the gradient needs of them.
-    of_rows: Callable[[Vocabulary, Array, Any, Array], tuple[Float[Array, "c 1"], Array | None]]
+    of_rows: Callable[[Vocabulary, Distribution, Any, Array], tuple[Float[Array, "c 1"], Array | None]]
     # -> the gradients of the losses for the logits of q.
-    gradient: Callable[[Vocabulary, Array, Any, Array, Any], Float[Array, "c V"]]
+    gradient: Callable[[Vocabulary, Distribution, Any, Array, Any], Float[Array, "c V"]]
 
 
 def _cross_entropy(
-    vocabulary: Vocabulary, log_q: Float[Array, "c V"], log_p: None, targets: Int[Array, " c"]
+    vocabulary: Vocabulary, q: Distribution, p: None, targets: Int[Array, " c"]
 ) -> tuple[Float[Array, "c 1"], None]:
-    at = vocabulary.local(targets)
+    at = vocabulary.local(targets)[:, None]
     here = (at >= 0) & (at < vocabulary.size)
-    log_q_target = jnp.take_along_axis(log_q, jnp.where(here, at, 0)[:, None], axis=1)
-    return -vocabulary.total(jnp.where(here[:, None], log_q_target, 0.0)), None
+    log_q_target = q.log(jnp.take_along_axis(q.logits, jnp.where(here, at, 0), axis=1))
+    return -vocabulary.total(jnp.where(here, log_q_target, 0.0)), None
 
 
 def _d_cross_entropy(
-    vocabulary: Vocabulary, log_q: Float[Array, "c V"], log_p: None, targets: Int[Array, " c"], kept: None
+    vocabulary: Vocabulary, q: Distribution, p: None, targets: Int[Array, " c"], kept: None
 ) -> Float[Array, "c V"]:
-    return jnp.exp(log_q) - (jnp.arange(vocabulary.size) == vocabulary.local(targets)[:, None])
+    return q.probabilities - (jnp.arange(vocabulary.size) == vocabulary.local(targets)[:, None])
 
 
 def _kl_divergence(
-    vocabulary: Vocabulary, log_q: Float[Array, "c V"], log_p: Float[Array, "c V"], targets: Int[Array, " c"]
+    vocabulary: Vocabulary, q: Distribution, p: Distribution, targets: Array
 ) -> tuple[Float[Array, "c 1"], None]:
-    return vocabulary.total(jnp.exp(log_p) * (log_p - log_q)), None
+    log_p = p.log(p.logits)
+    return vocabulary.total(jnp.exp(log_p) * (log_p - q.log(q.logits))), None
 
 
 def _d_kl_divergence(
-    vocabulary: Vocabulary, log_q: Float[Array, "c V"], log_p: Float[Array, "c V"], targets: Array, kept: None
+    vocabulary: Vocabulary, q: Distribution, p: Distribution, targets: Array, kept: None
 ) -> Float[Array, "c V"]:
-    return jnp.exp(log_q) - jnp.exp(log_p)
+    return q.probabilities - p.probabilities
 
 
 def _total_variation(
-    vocabulary: Vocabulary, log_q: Float[Array, "c V"], log_p: Float[Array, "c V"], targets: Int[Array, " c"]
+    vocabulary: Vocabulary, q: Distribution, p: Distribution, targets: Array
 ) -> tuple[Float[Array, "c 1"], Float[Array, "c 1"]]:
-    q = jnp.exp(log_q)
-    difference = q - jnp.exp(log_p)
-    return 0.5 * vocabulary.total(jnp.abs(difference)), vocabulary.total(q * jnp.sign(difference))
+    difference = q.probabilities - p.probabilities
+    return 0.5 * vocabulary.total(jnp.abs(difference)), vocabulary.total(q.probabilities * jnp.sign(difference))
 
 
 def _d_total_variation(
-    vocabulary: Vocabulary,
-    log_q: Float[Array, "c V"],
-    log_p: Float[Array, "c V"],
-    targets: Array,
-    mean_sign: Float[Array, "c 1"],
+    vocabulary: Vocabulary, q: Distribution, p: Distribution, targets: Array, mean_sign: Float[Array, "c 1"]
 ) -> Float[Array, "c V"]:
-    q = jnp.exp(log_q)
-    return 0.5 * q * (jnp.sign(q - jnp.exp(log_p)) - mean_sign)
+    return 0.5 * q.probabilities * (jnp.sign(q.probabilities - p.probabilities) - mean_sign)
 
 
 LOSSES = {
@@ -153,18 +170,16 @@ def loss_and_gradient(
         number, hidden, teacher, targets = part
         # One product for both: its rows are the more.
         logits = product("cd,vd->cv", hidden if teacher is None else jnp.concatenate([hidden, teacher]), head_VD)
-        largest, log_total = vocabulary.normaliser(logits)
+        both = Distribution(logits, *vocabulary.normaliser(logits))
 
-        def log_probabilities(logits: Array) -> tuple[Array, Array | None]:
-            # Not less the sum of the two: what is near the largest logit would lose its last bits.
-            both = (logits - largest) - log_total
-            return both[:rows], None if teacher is None else both[rows:]
+        def split(both: Distribution) -> tuple[Distribution, Distribution | None]:
+            return (both, None) if teacher is None else (both.rows(0, rows), both.rows(rows, 2 * rows))
 
-        losses, kept = loss.of_rows(vocabulary, *log_probabilities(logits), targets)
+        losses, kept = loss.of_rows(vocabulary, *split(both), targets)
         if d_logits is not None:
             # Read the logits anew: probabilities shared with the losses would be written and read again.
-            again = log_probabilities(jax.lax.optimization_barrier(logits))
-            new = loss.gradient(vocabulary, *again, targets, kept).astype(dtype)
+            again = both._replace(logits=jax.lax.optimization_barrier(logits))
+            new = loss.gradient(vocabulary, *split(again), targets, kept).astype(dtype)
             d_logits = jax.lax.dynamic_update_slice_in_dim(d_logits, new, number * rows, axis=0)
         return d_logits, losses[:, 0]
 
