@@ -127,7 +127,6 @@ def run(case: Case, attention: str, steps: int, profile: int = 0) -> dict[str, o
         batch_size=case.batch,
         accumulation=case.accumulation,
         remat=case.remat,
-        attention=attention,
     )
     adapter = AdapterConfig(case.rank, 2 * case.rank) if case.rank else None
     builder = ModelBuilder(model_config(case.model), adapter, "bfloat16", Remat(case.remat))
@@ -137,7 +136,7 @@ def run(case: Case, attention: str, steps: int, profile: int = 0) -> dict[str, o
     optimizer = make_optimizer(config)
     state = init_state(trained, optimizer)
     del trained
-    objective = objective_of(config, config.stages[0])
+    objective = dataclasses.replace(objective_of(config, config.stages[0]), attention=attention)
     step = make_train_step(builder, objective, optimizer, seed=0)
     rng = np.random.default_rng(0)
 

@@ -59,13 +59,16 @@ class DecodeFlags:
     coupling: Annotated[str | None, arg(metavar="{gumbel,ratio}", help_behavior_hint="(default: gumbel)")] = None
     # Apply the adapter to every row: the text is then that of the adapted model, not of the base model.
     ungated: bool = False
+    # xla: no kernels of our own, for comparison or where one misbehaves.
+    kernels: Annotated[str | None, arg(metavar="{auto,xla}", help_behavior_hint="(default: auto)")] = None
 
     def config(self) -> "DecodeConfig":
         """The decode file, or the defaults, with the flags that were given on top; raises UserError."""
         from idlm_jax.decoding.config import DecodeConfig, load_decode_config
 
         config = DecodeConfig() if self.decode is None else load_decode_config(self.decode)
-        config = replace(config, **_given(stride=self.stride, layout=self.layout, coupling=self.coupling))
+        given = _given(stride=self.stride, layout=self.layout, coupling=self.coupling, kernels=self.kernels)
+        config = replace(config, **given)
         if self.ungated:
             config = replace(config, gated=False)
         config.policy()

@@ -67,7 +67,9 @@ def write_rows(
     return jax.vmap(store)(cache, rows_BKWd, length_B)
 
 
-def cached_attention(length_B: Int[Array, " B"], mask_BWW: Bool[Array, "B W W"]) -> Attend:
+def cached_attention(
+    length_B: Int[Array, " B"], mask_BWW: Bool[Array, "B W W"], implementation: str = "auto"
+) -> Attend:
     """Attention of a window over a cache: store the window's keys and values, then attend to prefix and window."""
 
     def attend(q: Array, k: Array, v: Array, state: LayerCache) -> tuple[Array, LayerCache]:
@@ -76,7 +78,8 @@ def cached_attention(length_B: Int[Array, " B"], mask_BWW: Bool[Array, "B W W"])
             pool = slice(first, first + keys.shape[0])
             first = pool.stop
             keys, values = (write_rows(old, new[pool], length_B[pool]) for old, new in ((keys, k), (values, v)))
-            outputs.append(window_attention(q[pool], keys, values, length_B[pool], mask_BWW[pool]))
+            out = window_attention(q[pool], keys, values, length_B[pool], mask_BWW[pool], implementation=implementation)
+            outputs.append(out)
             stored += [keys, values]
         return jnp.concatenate(outputs), tuple(stored)
 

@@ -15,6 +15,7 @@ from idlm_jax.decoding.sampling import COUPLINGS
 from idlm_jax.decoding.step import Policy
 from idlm_jax.decoding.window import LAYOUTS
 from idlm_jax.errors import UserError, did_you_mean, require_known_keys
+from pallas_kernels import KERNELS
 
 MAX_STRIDE = 16
 
@@ -31,6 +32,8 @@ class DecodeConfig:
     coupling: str = "gumbel"
     # Adapter on mask rows only, lossless (official: conditional_lora).
     gated: bool = True
+    # "auto": what is fastest here; "xla": no kernels.
+    kernels: str = "auto"
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -44,6 +47,7 @@ class DecodeConfig:
             layout=_named("layout", self.layout, LAYOUTS),
             coupling=_named("coupling", self.coupling, COUPLINGS),
             gated=self.gated,
+            kernels=_named("kernels", self.kernels, {name: name for name in KERNELS}),
         )
 
 

@@ -25,7 +25,7 @@ from idlm_jax.errors import UserError
 PREFILL_CHUNK = 256
 
 _decode_rounds = jax.jit(decode_rounds, static_argnames=("policy",), donate_argnames=("state",))
-_prefill_chunk = jax.jit(prefill_chunk, static_argnames=("adapter_from",), donate_argnames=("cache",))
+_prefill_chunk = jax.jit(prefill_chunk, static_argnames=("adapter_from", "kernels"), donate_argnames=("cache",))
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def prefill(model: Qwen3, cache: Cache, tokens: Int[np.ndarray, "B L"], policy: 
     chunk = min(PREFILL_CHUNK, max(tokens.shape[1], 1))
     for first in range(0, tokens.shape[1], chunk):
         part = jnp.asarray(tokens[:, first : first + chunk])
-        cache = _prefill_chunk(model, cache, part, first, None if policy.gated else 0)
+        cache = _prefill_chunk(model, cache, part, first, None if policy.gated else 0, policy.kernels)
     return cache
 
 

@@ -28,6 +28,8 @@ class Policy:
     coupling: Coupling
     # True: an adapter acts on mask rows only, and the text is the base model's. False: on every row.
     gated: bool = True
+    # "auto", or "xla" for no kernel.
+    kernels: str = "auto"
 
     @property
     def adapter_from(self) -> int:
@@ -71,19 +73,36 @@ def decode_round(model: Qwen3, state: DecodeState, policy: Policy) -> DecodeStat
     hidden, cache = model(
         window.tokens,
         window.positions,
-        cached_attention(state.length, window.mask),
+        cached_attention(state.length, window.mask, policy.kernels),
         state.cache,
         policy.adapter_from,
     )
     logits = model.logits(hidden)
     positions = state.emitted[:, None] + jnp.arange(stride)
-    accepted, token = verify(logits, state.filters, policy.coupling, state.drafts, state.warm, positions, mask_token_id)
+    accepted, token = verify(
+        logits,
+        state.filters,
+        policy.coupling,
+        state.drafts,
+        state.warm,
+        positions,
+        mask_token_id,
+        implementation=policy.kernels,
+    )
 
     if stride > 1:
         first_row = stride + policy.layout.surviving_group(accepted) * (stride - 1)
         rows = first_row[:, None] + jnp.arange(stride - 1)
         after_token = (positions + accepted[:, None] + 1)[:, :-1]
-        drafts = draft(logits, rows, state.filters, policy.coupling, after_token, mask_token_id)
+        drafts = draft(
+            logits,
+            rows,
+            state.filters,
+            policy.coupling,
+            after_token,
+            mask_token_id,
+            implementation=policy.kernels,
+        )
     else:
         drafts = state.drafts
     after = replace(
@@ -157,7 +176,12 @@ def decode_rounds(model: Qwen3, state: DecodeState, rounds: Int[Array, ""], poli
 
 
 def prefill_chunk(
-    model: Qwen3, cache: Cache, tokens: Int[Array, "B C"], start: Int[Array, ""], adapter_from: int | None
+    model: Qwen3,
+    cache: Cache,
+    tokens: Int[Array, "B C"],
+    start: Int[Array, ""],
+    adapter_from: int | None,
+    kernels: str = "auto",
 ) -> Cache:
     """Store the keys and values of C prompt tokens of every request at slots ``start …``; computes no logits.
 
@@ -167,4 +191,4 @@ def prefill_chunk(
     start_B = jnp.full((batch,), start)
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool)), (batch, rows, rows))
     positions = start_B[:, None] + jnp.arange(rows)
-    return model(tokens, positions, cached_attention(start_B, causal), cache, adapter_from)[1]
+    return model(tokens, positions, cached_attention(start_B, causal, kernels), cache, adapter_from)[1]

@@ -20,8 +20,8 @@ from idlm_jax.decoding.config import MAX_STRIDE
 from idlm_jax.errors import UserError, did_you_mean
 from idlm_jax.training.groups import STARTS
 from idlm_jax.training.objective import MODES, NOISY_TARGETS
+from pallas_kernels import KERNELS
 from pallas_kernels.linear_cross_entropy.reference import ROW_LOSSES
-from pallas_kernels.range_attention.api import IMPLEMENTATIONS
 
 # Dtypes of the forward and backward pass.
 DTYPES = ("bfloat16", "float32")
@@ -133,8 +133,8 @@ class TrainConfig:
     dtype: str = "bfloat16"
     # What the backward pass computes again: "none", "dots" or "block".
     remat: str = "block"
-    # Attention: "auto", "xla", "cudnn" or "pallas".
-    attention: str = "auto"
+    # "auto": what is fastest here; "xla": no kernels.
+    kernels: str = "auto"
     # Losses of method.md 2.4: which noisy rows ("masked", official, or "answer"), whether prompts are learnt too, and
     # whether every document counts the same (None: yes for aligned starts, as in the official code).
     noisy_targets: str = "masked"
@@ -186,7 +186,7 @@ def validate(config: TrainConfig) -> None:
     _named("noisy_targets", config.noisy_targets, NOISY_TARGETS)
     _named("dtype", config.dtype, DTYPES)
     _named("remat", config.remat, [remat.value for remat in Remat])
-    _named("attention", config.attention, IMPLEMENTATIONS)
+    _named("kernels", config.kernels, KERNELS)
     if not config.stages:
         raise UserError("stages: there is none; give at least one, such as '- {steps: 1000}'")
     for number, stage in enumerate(config.stages):

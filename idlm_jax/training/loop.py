@@ -269,7 +269,7 @@ class _Run:
             _stage_at(config, done - 1)[1].block_size,
             gated=config.mode != "lora",
             seed=config.seed,
-            attention=config.attention,
+            attention=config.kernels,
         )
         self.acceptance_step = done
 

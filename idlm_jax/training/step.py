@@ -49,7 +49,7 @@ def objective_of(config: TrainConfig, stage: Stage) -> Objective:
         by_document=aligned if config.by_document is None else config.by_document,
         noisy_targets=config.noisy_targets,
         learn_prompts=config.learn_prompts,
-        attention=config.attention,
+        attention=config.kernels,
     )
 
 

@@ -128,6 +128,7 @@ def test_real_comparison_on_a_tiny_model_is_identical_and_stdout_is_pure_json() 
         (["--prompt", "a", "--stride", 12], "needs a window of 144 rows"),
         (["--prompt", "a", "--layout", "brunch"], "did you mean 'branch'?"),
         (["--prompt", "a", "--coupling", "gumble"], "did you mean 'gumbel'?"),
+        (["--prompt", "a", "--kernels", "xal"], "did you mean 'xla'?"),
         (["--prompt", "a", "--temperature", -1], "temperature must be finite and not negative"),
         (["--prompt", "a", "--temperature", "nan"], "temperature must be finite"),
         (["--prompt", "a", "--top-p", 0], "top_p must be in (0, 1]"),

@@ -194,7 +194,9 @@ for changes in ["mesh.tp=4"], ["mesh.data=2"]:
 """
     process = start(environment, given.settings, "--output", tmp_path / "run", program=program)
     _, error = process.communicate()
-    assert error.splitlines() == [
+    # A slow machine is told what it waits for.
+    lines = [line for line in error.splitlines() if not line.endswith("…")]
+    assert lines == [
         "idlm: error: mesh.tp: 4 does not divide the model's 2 key heads",
         *2
         * [

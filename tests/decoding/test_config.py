@@ -76,7 +76,7 @@ def test_exact_values_of_official_keys_change_nothing(line: str, tmp_path: Path)
 
 KEYS = ["stride", "layout", "coupling", "gated", "temperature", "top_k", "top_p", "gen_block_size", "conditional_lora"]
 KEYS += ["block_size", "confidence_threshold", "use_spec_verify", "verify_alpha", "verify_num_specs", "fast_verify"]
-KEYS += ["output_correction", "causal_prefill"]
+KEYS += ["output_correction", "causal_prefill", "kernels"]
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -99,6 +99,7 @@ def test_a_misspelt_key_gets_a_suggestion(key: str, tmp_path: Path) -> None:
         ("block_size: 8", "'block_size' must be 7 at stride 4, not 8"),
         ("layout: brunch", "unknown layout 'brunch' (one of standard, branch); did you mean 'branch'?"),
         ("coupling: gumble", "unknown coupling 'gumble' (one of gumbel, ratio); did you mean 'gumbel'?"),
+        ("kernels: xal", "unknown kernels 'xal' (one of auto, xla); did you mean 'xla'?"),
         ("gated: 1", "'gated' must be of type bool, not 1"),
         ("temperature: -1", "temperature must be finite and not negative, not -1.0"),
         ("temperature: .nan", "temperature must be finite"),

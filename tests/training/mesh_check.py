@@ -1,6 +1,7 @@
 """Train a few steps on one device and on meshes of 8 simulated ones, and compare; run by test_mesh.py."""
 
 import sys
+from dataclasses import replace
 
 import jax
 
@@ -44,7 +45,6 @@ def run(
         dtype="float32",
         batch_size=16,
         accumulation=2,
-        attention=attention,
     )
     model = tiny_config(vocab_size=VOCAB)
     adapter = tiny_adapter(model) if mode.endswith("lora") else None
@@ -57,7 +57,8 @@ def run(
     def steps(params: Flat, batch: object) -> tuple[list[float], Flat, TrainState]:
         trained, frozen = split_trained(params, mode, (), "float32")
         state = init_state(trained, optimizer)
-        step = make_train_step(builder, objective_of(config, stage), optimizer, seed=3)
+        objective = replace(objective_of(config, stage), attention=attention)
+        step = make_train_step(builder, objective, optimizer, seed=3)
         losses = []
         for _ in range(STEPS):
             state, result = step(state, frozen, batch)

@@ -192,7 +192,7 @@ def optimizer(**changes: Any) -> dict[str, Any]:
         (stage(starts="randon"), "stages.0.starts: unknown 'randon'"),
         ({"noisy_targets": "answers"}, "noisy_targets: unknown 'answers'"),
         ({"remat": "blocks"}, "remat: unknown 'blocks'"),
-        ({"attention": "cudn"}, "attention: unknown 'cudn'"),
+        ({"kernels": "xal"}, "kernels: unknown 'xal'"),
         ({"dtype": "bf16"}, "dtype: unknown 'bf16'"),
         ({"stages": ()}, "stages: there is none"),
         (stage(steps=0), "stages.0.steps: must be at least 1"),
