@@ -5,4 +5,4 @@ KERNELS = ("auto", "xla")
 
 # Whether "auto" takes the kernels for GPUs: not before scripts/check_kernels.py has passed on an H100. Until then they
 # run when they are asked for by name.
-BY_DEFAULT = False
+BY_DEFAULT: bool = False

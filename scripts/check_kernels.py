@@ -1,0 +1,148 @@
+"""Check the GPU kernels on the chip: alone, inside decoding, and inside training. They are made for Hopper GPUs.
+
+    python scripts/check_kernels.py models/smollm2 --adapter smollm2-n4 --data data/smollm2-held-out
+
+Runs by hand, needs the packages of the tests, and exits with 1 if anything fails. ``pallas_kernels.BY_DEFAULT`` may be
+true where this passes:
+
+1. the tests marked ``gpu``: every kernel against its reference in float32, gradients too, repeated bit for bit;
+2. the test of distributions, with the kernels where the plain implementation would run;
+3. texts of the model, greedy and with common random numbers. In float32 all must be those of AR without kernels (the
+   attention stays in plain JAX there); in bfloat16 near ties flip, so the kernels may flip no more than twice as many
+   texts as a window of another width does without them;
+4. losses of an adapter's first training steps, within one percent of those without kernels at every step.
+
+The last two are left out without ``--data``, and all of it but the tests without a model.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import tyro
+from tqdm import tqdm
+
+import idlm_jax
+import pallas_kernels
+from idlm_jax.model import LanguageModel
+from idlm_jax.training.config import load_train_config
+from idlm_jax.training.loop import train
+
+PROMPTS = Path(__file__).parent / "prompts.txt"
+RECIPE = Path(__file__).parent.parent / "configs" / "train" / "smollm2_gated_lora_n4.yaml"
+# Tests run in processes of their own, with the kernels switched on.
+PYTEST = "import sys, pytest, pallas_kernels; pallas_kernels.BY_DEFAULT = True; sys.exit(pytest.main(sys.argv[1:]))"
+# The largest difference of a step's loss that the rounding of bfloat16 explains, relative.
+LOSS_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to check."""
+
+    # A model of the llama or Qwen3 family, small enough to decode in float32.
+    model: tyro.conf.Positional[str | None] = None
+    adapter: str | None = None
+    # Token store to train an adapter on for a few steps.
+    data: str | None = None
+    mask_token: str = "16"
+    max_tokens: int = 64
+    limit: int = 32
+    steps: int = 40
+
+
+def main(settings: Settings) -> int:
+    """Run the checks and print a line for each; the number of those that failed."""
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}", flush=True)
+    pallas_kernels.BY_DEFAULT = True
+    results = {
+        "kernels alone": run_tests("-m", "gpu", "tests/kernels"),
+        "distributions": run_tests("tests/decoding/test_distribution.py"),
+    }
+    if settings.model:
+        for dtype in ("float32", "bfloat16"):
+            results[f"texts, {dtype}"] = check_texts(settings, dtype)
+    if settings.model and settings.data:
+        results["training losses"] = check_losses(settings)
+    for name, passed in results.items():
+        print(f"{'ok    ' if passed else 'FAILED'} {name}")
+    return sum(not passed for passed in results.values())
+
+
+def run_tests(*arguments: str) -> bool:
+    """Whether the chosen tests pass."""
+    return subprocess.run([sys.executable, "-c", PYTEST, "-q", "-n0", *arguments], check=False).returncode == 0
+
+
+def check_texts(settings: Settings, dtype: str) -> bool:
+    """Decode prompts with and without kernels, by AR and ISD, and count the texts that differ from AR without."""
+    assert settings.model
+    model = idlm_jax.load(settings.model, settings.adapter, dtype, settings.mask_token)
+    prompts = [model.as_chat(line) for line in PROMPTS.read_text().splitlines()[: settings.limit]]
+    decodes = [idlm_jax.DecodeConfig(stride=1)]
+    decodes += [idlm_jax.DecodeConfig(stride, layout) for stride in (2, 4, 8) for layout in ("standard", "branch")]
+    passed = True
+    for temperature in (0.0, 0.8):
+        wanted, other_width = (
+            texts(model, prompts, replace(decode, kernels="xla"), temperature, settings) for decode in decodes[:2]
+        )
+        flipped = count_different(wanted, other_width)
+        allowed = 0 if dtype == "float32" else 2 * max(flipped, 1)
+        print(f"temperature {temperature:g}, {dtype}: N = 2 without kernels: {flipped} of {len(wanted)} texts differ")
+        for decode in tqdm(decodes, disable=not sys.stderr.isatty()):
+            different = count_different(wanted, texts(model, prompts, decode, temperature, settings))
+            passed &= different <= allowed
+            print(f"  N = {decode.stride}, {decode.layout}, kernels: {different} differ", flush=True)
+    return passed
+
+
+def texts(
+    model: LanguageModel, prompts: list, decode: idlm_jax.DecodeConfig, temperature: float, settings: Settings
+) -> list[list[int]]:
+    """The tokens of every answer; top-k and top-p come in with the temperature."""
+    top_k, top_p = (50, 0.95) if temperature else (0, 1.0)
+    sampling = idlm_jax.SamplingParams(temperature, top_k, top_p, seed=7, max_tokens=settings.max_tokens)
+    return [answer.token_ids for answer in model.generate(prompts, sampling, decode)]
+
+
+def count_different(wanted: list[list[int]], given: list[list[int]]) -> int:
+    """How many texts are not the same."""
+    return sum(ours != theirs for ours, theirs in zip(wanted, given, strict=True))
+
+
+def check_losses(settings: Settings) -> bool:
+    """Train an adapter for some steps twice and compare every loss."""
+    assert settings.model and settings.data
+    losses = {}
+    for kernels in pallas_kernels.KERNELS:
+        with tempfile.TemporaryDirectory() as directory:
+            config = load_train_config(RECIPE)
+            config = replace(
+                config,
+                model=settings.model,
+                data=(settings.data,),
+                output=str(Path(directory) / "run"),
+                stages=(replace(config.stages[0], steps=settings.steps),),
+                length=1024,
+                batch_size=16 * jax.device_count(),
+                evaluation=replace(config.evaluation, documents=0),
+                kernels=kernels,
+            )
+            train(config)
+            lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+            losses[kernels] = [json.loads(line)["loss"] for line in lines]
+    with_kernels, without = losses["auto"], losses["xla"]
+    worst = max(abs(ours / theirs - 1) for ours, theirs in zip(with_kernels, without, strict=True))
+    print(f"training: {len(without)} losses from {without[0]:.4f} to {without[-1]:.4f}, largest difference {worst:.2%}")
+    return worst < LOSS_TOLERANCE
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(1 if main(tyro.cli(Settings, description=__doc__)) else 0)
+    except idlm_jax.UserError as error:
+        sys.exit(f"error: {error}")
