@@ -219,6 +219,7 @@ def test_on_hopper_auto_takes_the_kernel_where_it_can_and_an_explicit_choice_nev
 @pytest.mark.parametrize("paged_cache", [False, True])
 def test_on_a_mesh_each_device_attends_to_its_own_requests_and_heads(monkeypatch, paged_cache):
     """The reference in the kernel's place: it would not find its way through sharded operands, nor would the kernel."""
+    monkeypatch.setattr(pallas_kernels, "BY_DEFAULT", True)
     monkeypatch.setattr(api, "_on_hopper", lambda: True)
     name = "paged_window_attention" if paged_cache else "window_attention"
     seen = []
