@@ -32,11 +32,11 @@ class DecodeConfig:
     coupling: str = "gumbel"
     # Adapter on mask rows only, lossless (official: conditional_lora).
     gated: bool = True
-    # "auto": what is fastest here; "xla": no kernels.
-    kernels: str = "auto"
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    # "auto": what is fastest here; "xla": no kernels.
+    kernels: str = "auto"
 
     def policy(self) -> Policy:
         """The policy these names stand for; raises UserError for a name or stride that does not exist."""
