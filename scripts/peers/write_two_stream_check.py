@@ -1,0 +1,123 @@
+"""Write what our code computes for tiny training steps, for the PyTorch peer to compare itself with.
+
+    python scripts/peers/write_two_stream_check.py two_stream.npz         # where idlm_jax and jax are
+    python scripts/peers/train_two_stream.py --check two_stream.npz       # where torch, transformers and peft are
+
+For each case ``tiny`` (full) and ``tiny-gated`` of the peer, in float32: tokens, group starts, weights under the names of
+a Hugging Face and a PEFT checkpoint, the loss, the gradients of all trained weights, and the count of useful FLOPs.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from idlm_jax.backbone.adapter import AdapterConfig
+from idlm_jax.backbone.weights import weight_table
+from idlm_jax.config import ModelConfig
+from idlm_jax.training.groups import Batch, GroupPolicy, draw_groups
+from idlm_jax.training.metrics import useful_flops
+from idlm_jax.training.objective import Losses, Objective, training_loss
+from idlm_jax.training.params import ADAPTER, MASK_EMBEDDING, Flat, ModelBuilder, split_trained
+
+CONFIG = ModelConfig.from_hf(
+    {
+        "model_type": "qwen3",
+        "vocab_size": 256,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "mask_token_id": 255,
+    }
+)
+BATCH, LENGTH, RANK = 2, 40, 4
+POLICY = GroupPolicy(3)
+OBJECTIVES = {"tiny": Objective("full", POLICY), "tiny-gated": Objective("gated-lora", POLICY, noisy_loss="tv")}
+
+
+def random_params(builder: ModelBuilder, key: jax.Array) -> Flat:
+    """Stacked weights large enough that every part matters; norms near one."""
+    shapes = builder.shapes()
+    keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
+    noise = {name: 0.2 * jax.random.normal(keys[name], shape, jnp.float32) for name, shape in shapes.items()}
+    return {name: 1 + array if name.endswith("scale") else array for name, array in noise.items()}
+
+
+def under_hf_names(flat: Flat, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Those of ``flat`` that are there, layer by layer, in the shapes of Hugging Face and PEFT."""
+    named = {}
+    for weight in weight_table(config):
+        first, number, *rest = [*weight.path.split("."), "", ""][:2] + weight.path.split(".")[2:]
+        stacked = first == "layers"
+        name = ".".join([first, *rest]) if stacked else weight.path
+        module = weight.hf_name.removesuffix(".weight")
+        if name in flat:
+            array = np.asarray(flat[name][int(number)] if stacked else flat[name])
+            named[weight.hf_name] = array.T if weight.transpose else array
+        adapter = f"{ADAPTER}.{name.removesuffix('.kernel')}"
+        for ours, theirs in (("a", "lora_A"), ("b", "lora_B")):
+            if stacked and f"{adapter}.{ours}" in flat:
+                named[f"{module}.{theirs}.weight"] = np.asarray(flat[f"{adapter}.{ours}"][int(number)]).T
+    if MASK_EMBEDDING in flat:
+        named["mask_embedding"] = np.asarray(flat[MASK_EMBEDDING])
+    return named
+
+
+def compute(objective: Objective) -> dict[str, np.ndarray]:
+    """All that the peer needs of one case."""
+    gated = objective.mode == "gated-lora"
+    adapter = AdapterConfig(RANK, 2 * RANK) if gated else None
+    builder = ModelBuilder(CONFIG, adapter, "float32")
+    trained, frozen = split_trained(random_params(builder, jax.random.key(1)), objective.mode, (), "float32")
+    shape = (BATCH, LENGTH)
+    batch = Batch(
+        jax.random.randint(jax.random.key(2), shape, 0, CONFIG.vocab_size - 1),
+        jnp.ones(shape, jnp.int32),
+        jnp.broadcast_to(jnp.arange(LENGTH), shape),
+        jnp.ones(shape, bool),
+    )
+    key = jax.random.key(3)
+    starts = draw_groups(batch, POLICY, 255, key).key_end[:, :: POLICY.block_size]
+
+    @partial(jax.value_and_grad, has_aux=True)
+    def loss(trained: Flat) -> tuple[jax.Array, Losses]:
+        losses = training_loss(builder.build({**frozen, **trained}), batch, objective, key)
+        return losses.total, losses
+
+    (total, losses), gradients = jax.jit(loss)(trained)
+    rows = {"noisy_rows": int(losses.noisy_rows), "clean_rows": int(losses.clean_rows)}
+    flops = useful_flops(
+        CONFIG,
+        objective.mode,
+        tokens=BATCH * LENGTH,
+        length=LENGTH,
+        block_size=POLICY.block_size,
+        rank=RANK if gated else 0,
+        soft=objective.noisy_loss != "ce",
+        **rows,
+    )
+    named = {f"weight/{name}": array for name, array in under_hf_names({**frozen, **trained}, CONFIG).items()}
+    named |= {f"gradient/{name}": array for name, array in under_hf_names(gradients, CONFIG).items()}
+    numbers = {"loss": total, "useful_flops": flops, **rows}
+    return {"tokens": np.asarray(batch.tokens), "starts": np.asarray(starts), **numbers, **named}
+
+
+def main() -> None:
+    """Compute and write both cases."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    file = parser.parse_args().file
+    jax.config.update("jax_default_matmul_precision", "highest")
+    cases = {name: compute(objective) for name, objective in OBJECTIVES.items()}
+    np.savez(file, **{f"{name}/{key}": array for name, case in cases.items() for key, array in case.items()})
+    print(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    main()
