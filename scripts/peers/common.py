@@ -14,13 +14,13 @@ import torch
 import transformers
 import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen3Config
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
-# The tiny shape of scripts/bench_train_step.py, for a CPU.
-TINY = {
+# The tiny shape of scripts/bench_train_step.py, for a CPU; and with one matrix for embedding and head.
+_TINY = {
     "vocab_size": 256,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -29,6 +29,7 @@ TINY = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+TINY = {"tiny": _TINY, "tiny-tied": {**_TINY, "tie_word_embeddings": True}}
 # Rows of a tile of FlexAttention; lengths that are multiples of it need no masked loads.
 TILE = 128
 # Dense bf16 FLOP/s by the data sheet, by how the name of the device begins; first match.
@@ -36,8 +37,11 @@ _PEAK_FLOPS = {"NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12, "NVIDIA H1
 
 
 def qwen3_config(name: str) -> Qwen3Config:
-    """A shape of configs/models, or ``tiny``."""
-    keys = TINY if name == "tiny" else yaml.safe_load((MODELS / f"{name}.yaml").read_text(encoding="utf-8"))
+    """A shape of configs/models, or a tiny one."""
+    if name in TINY:
+        keys = TINY[name]
+    else:
+        keys = yaml.safe_load((MODELS / f"{name}.yaml").read_text(encoding="utf-8"))
     keys = {key: value for key, value in keys.items() if key not in ("architectures", "model_type", "torch_dtype")}
     return Qwen3Config(**keys, use_cache=False)
 
@@ -101,7 +105,7 @@ def noisy_row_count(length: int, block_size: int) -> int:
 def noisy_block_mask(
     key_end_BR: torch.Tensor, length: int, block_size: int, make: Callable[..., BlockMask] = create_block_mask
 ) -> BlockMask:
-    """Which of the keys [clean | noisy] the noisy rows see: clean ones before ``key_end``, and their group, causally."""
+    """Which keys of [clean | noisy] the noisy rows see: clean ones before ``key_end``, and their group, causally."""
 
     def visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         own = k - length
@@ -109,6 +113,26 @@ def noisy_block_mask(
 
     batch, rows = key_end_BR.shape
     return make(visible, batch, None, rows, length + rows, device=key_end_BR.device)
+
+
+def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    """Plain causal attention."""
+    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+
+
+def masked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_mask: BlockMask,
+    scale: float | None = None,
+    flex: Callable[..., Any] = flex_attention,
+) -> torch.Tensor:
+    """FlexAttention; on a CPU, where it has no gradients, the same with a dense mask."""
+    if q.is_cuda:
+        return flex(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=True)
+    dense = create_mask(block_mask.mask_mod, block_mask.shape[0], 1, q.shape[2], k.shape[2], device="cpu")
+    return scaled_dot_product_attention(q, k, v, dense, scale=scale, enable_gqa=True)
 
 
 def prefer_cudnn(heads: int, kv_heads: int, head_dim: int) -> str:
@@ -123,6 +147,7 @@ def prefer_cudnn(heads: int, kv_heads: int, head_dim: int) -> str:
         return "flash"
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_math_sdp(False)  # rather an error than that
     return "cudnn"
 
 

@@ -12,8 +12,8 @@ It needs torch, transformers 5, and peft. Shapes, batches, random group starts, 
 those of our bench. It is made as fast as stock parts allow:
 
 - transformers' Qwen3 layers, each compiled (all share one program), bf16; AdamW, fused, on float32 master weights.
-- ``full``: one pass over [clean | noisy]; the clean rows attend through cuDNN, the noisy ones through FlexAttention with
-  one BlockMask a step for all layers.
+- ``full``: one pass over [clean | noisy]; the clean rows attend through cuDNN, the noisy ones through FlexAttention,
+  with one BlockMask a step for all layers.
 - ``gated-lora``: two passes. The clean one runs without gradients and with PEFT's adapter switched off, and keeps the
   keys and values of each layer; the noisy one has the adapter on every row and sees them. One pass with a row-wise gate
   would keep the clean rows' activations and run their adapter for nothing. FlexAttention computes gradients of the
@@ -35,8 +35,11 @@ from typing import Any
 import numpy as np
 import torch
 from common import (
+    TINY,
+    causal,
     default_device,
     first_line,
+    masked,
     noisy_block_mask,
     noisy_row_count,
     peak_flops,
@@ -47,8 +50,8 @@ from common import (
     useful_flops,
 )
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
-from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, Qwen3ForCausalLM
 
@@ -70,6 +73,7 @@ class Case:
 
 CASES = {
     "tiny": Case("tiny", "full", 64, 2),
+    "tiny-tied": Case("tiny-tied", "full", 64, 2),
     "tiny-gated": Case("tiny", "gated-lora", 64, 2, rank=4, noisy_loss="tv"),
     "qwen3-0.6b-full": Case("qwen3-0.6b", "full", 4096, 8),
     "qwen3-8b-gated": Case("qwen3-8b", "gated-lora", 4096, 2, rank=128, noisy_loss="tv"),
@@ -103,19 +107,6 @@ def lay_out(starts_BG: torch.Tensor, tokens_BL: torch.Tensor, rows: int) -> Nois
     key_end = starts_BG.repeat_interleave(BLOCK_SIZE, dim=1)[:, :rows]
     targets = tokens_BL.gather(1, (inside + 1).clamp(max=length - 1))
     return NoisyRows(index, key_end.contiguous(), inside, targets, index < length - 1)
-
-
-def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Plain causal attention."""
-    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-
-
-def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_mask: BlockMask, scale: float) -> torch.Tensor:
-    """FlexAttention; on a CPU, where it has no gradients, the same with a dense mask."""
-    if q.is_cuda:
-        return flex_attention(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=True)
-    dense = create_mask(block_mask.mask_mod, q.shape[0], 1, q.shape[2], k.shape[2], device="cpu")
-    return scaled_dot_product_attention(q, k, v, dense, scale=scale, enable_gqa=True)
 
 
 def attend(
@@ -210,7 +201,7 @@ class TwoStream:
             self.adapted = self._adapt() if case.rank else None
         torch.set_default_dtype(default)
         self.config, self.head = config, self.model.lm_head.weight
-        self.mask_token_id = 255 if case.model == "tiny" else 16
+        self.mask_token_id = 255 if case.model in TINY else 16
         embedding = self.model.model.embed_tokens.weight
         self.mask_embedding = nn.Parameter(embedding.detach().float().mean(0).to(dtype)) if case.rank else None
         self.make_mask, self.chunk_loss = create_block_mask, chunk_loss
@@ -262,7 +253,7 @@ class TwoStream:
             with torch.no_grad(), self.adapted.disable_adapter():
                 stores: list[list] = [[] for _ in range(depth)]
                 clean_hidden = self.layers(clean, positions, [{"store": store} for store in stores], False)
-            x = self.mask_embedding.expand(batch, rows, -1)
+            x = self.mask_embedding.expand(batch, rows, -1).contiguous()
             behind = [{"block_mask": mask, "prefix": store[0]} for store in stores]
             hidden = self.layers(x, noisy.positions, behind, save)
             teacher = clean_hidden.gather(1, noisy.clean_row[..., None].expand(-1, -1, clean_hidden.shape[-1]))
@@ -326,7 +317,8 @@ def run(case: Case, device: str, options: argparse.Namespace) -> dict[str, Any]:
         losses.append(step(tokens))
         seconds.append(time.perf_counter() - began)
         if number < 2:
-            print(f"step {number}, not counted: {seconds[-1]:.1f} s", flush=True)
+            breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+            print(f"step {number}, not counted: {seconds[-1]:.1f} s; graph breaks: {breaks}", flush=True)
     median, tokens_a_step = statistics.median(seconds[2:]), case.batch * case.length
     peak, flops = peak_flops(device), step_flops(case, config, rows)
     return {
@@ -364,7 +356,7 @@ def step_flops(case: Case, config: Any, rows: int) -> float:
 def check(path: Path, device: str, options: argparse.Namespace) -> None:
     """Compare loss, gradients and useful FLOPs in float32 with what write_two_stream_check.py wrote."""
     data = np.load(path)
-    for name in ("tiny", "tiny-gated"):
+    for name in ("tiny", "tiny-tied", "tiny-gated"):
         arrays = {key.removeprefix(f"{name}/"): data[key] for key in data if key.startswith(f"{name}/")}
         tokens, starts = (torch.from_numpy(arrays[key]).long().to(device) for key in ("tokens", "starts"))
         case = dataclasses.replace(CASES[name], batch=tokens.shape[0], length=tokens.shape[1])

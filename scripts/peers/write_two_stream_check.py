@@ -3,8 +3,8 @@
     python scripts/peers/write_two_stream_check.py two_stream.npz         # where idlm_jax and jax are
     python scripts/peers/train_two_stream.py --check two_stream.npz       # where torch, transformers and peft are
 
-For each case ``tiny`` (full) and ``tiny-gated`` of the peer, in float32: tokens, group starts, weights under the names of
-a Hugging Face and a PEFT checkpoint, the loss, the gradients of all trained weights, and the count of useful FLOPs.
+For each tiny case of the peer, in float32: tokens, group starts, weights under the names of a Hugging Face and a PEFT
+checkpoint, the loss, the gradients of all trained weights, and the count of useful FLOPs.
 """
 
 import argparse
@@ -36,9 +36,13 @@ CONFIG = ModelConfig.from_hf(
         "mask_token_id": 255,
     }
 )
-BATCH, LENGTH, RANK = 2, 40, 4
+BATCH, LENGTH, RANK = 2, 200, 4
 POLICY = GroupPolicy(3)
-OBJECTIVES = {"tiny": Objective("full", POLICY), "tiny-gated": Objective("gated-lora", POLICY, noisy_loss="tv")}
+CASES = {
+    "tiny": (CONFIG, Objective("full", POLICY)),
+    "tiny-tied": (CONFIG.replace(tie_word_embeddings=True), Objective("full", POLICY)),
+    "tiny-gated": (CONFIG, Objective("gated-lora", POLICY, noisy_loss="tv")),
+}
 
 
 def random_params(builder: ModelBuilder, key: jax.Array) -> Flat:
@@ -53,31 +57,31 @@ def under_hf_names(flat: Flat, config: ModelConfig) -> dict[str, np.ndarray]:
     """Those of ``flat`` that are there, layer by layer, in the shapes of Hugging Face and PEFT."""
     named = {}
     for weight in weight_table(config):
-        first, number, *rest = [*weight.path.split("."), "", ""][:2] + weight.path.split(".")[2:]
-        stacked = first == "layers"
-        name = ".".join([first, *rest]) if stacked else weight.path
+        parts = weight.path.split(".")
+        layer = int(parts[1]) if parts[0] == "layers" else None
+        name = weight.path if layer is None else ".".join([parts[0], *parts[2:]])
         module = weight.hf_name.removesuffix(".weight")
         if name in flat:
-            array = np.asarray(flat[name][int(number)] if stacked else flat[name])
+            array = np.asarray(flat[name] if layer is None else flat[name][layer])
             named[weight.hf_name] = array.T if weight.transpose else array
         adapter = f"{ADAPTER}.{name.removesuffix('.kernel')}"
         for ours, theirs in (("a", "lora_A"), ("b", "lora_B")):
-            if stacked and f"{adapter}.{ours}" in flat:
-                named[f"{module}.{theirs}.weight"] = np.asarray(flat[f"{adapter}.{ours}"][int(number)]).T
+            if layer is not None and f"{adapter}.{ours}" in flat:
+                named[f"{module}.{theirs}.weight"] = np.asarray(flat[f"{adapter}.{ours}"][layer]).T
     if MASK_EMBEDDING in flat:
         named["mask_embedding"] = np.asarray(flat[MASK_EMBEDDING])
     return named
 
 
-def compute(objective: Objective) -> dict[str, np.ndarray]:
+def compute(config: ModelConfig, objective: Objective) -> dict[str, np.ndarray]:
     """All that the peer needs of one case."""
     gated = objective.mode == "gated-lora"
     adapter = AdapterConfig(RANK, 2 * RANK) if gated else None
-    builder = ModelBuilder(CONFIG, adapter, "float32")
+    builder = ModelBuilder(config, adapter, "float32")
     trained, frozen = split_trained(random_params(builder, jax.random.key(1)), objective.mode, (), "float32")
     shape = (BATCH, LENGTH)
     batch = Batch(
-        jax.random.randint(jax.random.key(2), shape, 0, CONFIG.vocab_size - 1),
+        jax.random.randint(jax.random.key(2), shape, 0, config.vocab_size - 1),
         jnp.ones(shape, jnp.int32),
         jnp.broadcast_to(jnp.arange(LENGTH), shape),
         jnp.ones(shape, bool),
@@ -93,7 +97,7 @@ def compute(objective: Objective) -> dict[str, np.ndarray]:
     (total, losses), gradients = jax.jit(loss)(trained)
     rows = {"noisy_rows": int(losses.noisy_rows), "clean_rows": int(losses.clean_rows)}
     flops = useful_flops(
-        CONFIG,
+        config,
         objective.mode,
         tokens=BATCH * LENGTH,
         length=LENGTH,
@@ -102,8 +106,8 @@ def compute(objective: Objective) -> dict[str, np.ndarray]:
         soft=objective.noisy_loss != "ce",
         **rows,
     )
-    named = {f"weight/{name}": array for name, array in under_hf_names({**frozen, **trained}, CONFIG).items()}
-    named |= {f"gradient/{name}": array for name, array in under_hf_names(gradients, CONFIG).items()}
+    named = {f"weight/{name}": array for name, array in under_hf_names({**frozen, **trained}, config).items()}
+    named |= {f"gradient/{name}": array for name, array in under_hf_names(gradients, config).items()}
     numbers = {"loss": total, "useful_flops": flops, **rows}
     return {"tokens": np.asarray(batch.tokens), "starts": np.asarray(starts), **numbers, **named}
 
@@ -114,7 +118,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     file = parser.parse_args().file
     jax.config.update("jax_default_matmul_precision", "highest")
-    cases = {name: compute(objective) for name, objective in OBJECTIVES.items()}
+    cases = {name: compute(*case) for name, case in CASES.items()}
     np.savez(file, **{f"{name}/{key}": array for name, case in cases.items() for key, array in case.items()})
     print(f"wrote {file}")
 
