@@ -386,8 +386,10 @@ def check(path: Path, device: str, options: argparse.Namespace) -> None:
             soft=case.noisy_loss != "ce",
         )
         print(f"{name}: loss {loss.item():.6f}, error {loss_error:.1e}; gradients {errors[worst]:.1e} ({worst})")
-        if not (loss_error < 1e-4 and errors[worst] < 1e-3 and flops == float(arrays["useful_flops"])):
-            raise SystemExit(f"{name}: differs from ours (useful FLOPs {flops} and {arrays['useful_flops']})")
+        if not (loss_error < 1e-4 and errors[worst] < 1e-4):
+            raise SystemExit(f"{name}: loss or gradients differ from ours")
+        if flops != float(arrays["useful_flops"]):
+            raise SystemExit(f"{name}: {flops} useful FLOPs, ours {arrays['useful_flops']}")
 
 
 def main() -> None:

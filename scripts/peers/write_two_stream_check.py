@@ -10,6 +10,7 @@ checkpoint, the loss, the gradients of all trained weights, and the count of use
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def under_hf_names(flat: Flat, config: ModelConfig) -> dict[str, np.ndarray]:
     return named
 
 
-def compute(config: ModelConfig, objective: Objective) -> dict[str, np.ndarray]:
+def compute(config: ModelConfig, objective: Objective) -> dict[str, Any]:
     """All that the peer needs of one case."""
     gated = objective.mode == "gated-lora"
     adapter = AdapterConfig(RANK, 2 * RANK) if gated else None
@@ -119,7 +120,8 @@ def main() -> None:
     file = parser.parse_args().file
     jax.config.update("jax_default_matmul_precision", "highest")
     cases = {name: compute(*case) for name, case in CASES.items()}
-    np.savez(file, **{f"{name}/{key}": array for name, case in cases.items() for key, array in case.items()})
+    arrays: dict[str, Any] = {f"{name}/{key}": array for name, case in cases.items() for key, array in case.items()}
+    np.savez(file, **arrays)
     print(f"wrote {file}")
 
 
