@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.range_attention import gpu_kernels
-from pallas_kernels.range_attention.gpu_tiles import HALF, MULTIPLE, TILE, Source, make_source, own_window
+from pallas_kernels.range_attention.gpu_tiles import HALF, MULTIPLE, TILE, Source, make_source
 from pallas_kernels.range_attention.reference import GroupKV
 
 _DTYPES, _HEAD_DIMS = (jnp.bfloat16, jnp.float16), (64, 128)
@@ -46,14 +46,12 @@ def range_attention(
         raise ValueError(f"range attention by the GPU kernels: {reason}")
     rows, length = q_BRHd.shape[1], k_BLKd.shape[1]
     keys, intervals = ((k_BLKd, v_BLKd),), ((jnp.clip(start_BR, 0, length), jnp.clip(end_BR, 0, length)),)
-    window = 0
     if group is not None:
         # The rows' own keys are one more array of keys, of which a row sees those of its group up to itself.
         row = jnp.broadcast_to(jnp.arange(rows), start_BR.shape)
         keys, intervals = (*keys, group), (*intervals, (row - row % group_size, row + 1))
-        window = own_window(group_size)
     q_BRHd, keys, intervals = jax.tree.map(_pad, (q_BRHd, keys, intervals))
-    return _attention(window, interpret, intervals, q_BRHd, keys)[:, :rows]
+    return _attention(interpret, intervals, q_BRHd, keys)[:, :rows]
 
 
 def _pad(array: Array) -> Array:
@@ -67,23 +65,23 @@ def _sources(keys: Any, intervals: Any) -> list[Source]:
     return [make_source(*pair, *interval) for pair, interval in zip(keys, intervals, strict=True)]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(window: int, interpret: bool, intervals: Any, q_BRHd: Array, keys: Any) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(interpret: bool, intervals: Any, q_BRHd: Array, keys: Any) -> Array:
     """Over any number of (keys, values) pairs with a (start, end) pair each, in one softmax."""
-    return _attention_forward(window, interpret, intervals, q_BRHd, keys)[0]
+    return _attention_forward(interpret, intervals, q_BRHd, keys)[0]
 
 
-def _attention_forward(window: int, interpret: bool, intervals: Any, q_BRHd: Array, keys: Any) -> tuple[Array, Any]:
-    out, lse = gpu_kernels.forward(q_BRHd, _sources(keys, intervals), window, interpret)
+def _attention_forward(interpret: bool, intervals: Any, q_BRHd: Array, keys: Any) -> tuple[Array, Any]:
+    out, lse = gpu_kernels.forward(q_BRHd, _sources(keys, intervals), interpret)
     return out, (intervals, q_BRHd, keys, out, lse)
 
 
-def _attention_backward(window: int, interpret: bool, saved: Any, d_out_BRHd: Array) -> tuple[Any, Array, Any]:
+def _attention_backward(interpret: bool, saved: Any, d_out_BRHd: Array) -> tuple[Any, Array, Any]:
     intervals, q_BRHd, keys, out, lse = saved
     delta_BRH = jnp.sum(out.astype(jnp.float32) * d_out_BRHd.astype(jnp.float32), axis=3)
     delta = jnp.pad(delta_BRH.swapaxes(1, 2), ((0, 0), (0, 0), (0, lse.shape[2] - out.shape[1])))
     sources = _sources(keys, intervals)
-    d_q = gpu_kernels.query_gradient(q_BRHd, sources, window, d_out_BRHd, lse, delta, interpret)
+    d_q = gpu_kernels.query_gradient(q_BRHd, sources, d_out_BRHd, lse, delta, interpret)
     # A call for each source: the compiler drops that of keys which need no gradient (a frozen clean stream).
     d_keys = tuple(gpu_kernels.key_gradients(q_BRHd, source, d_out_BRHd, lse, delta, interpret) for source in sources)
     return None, d_q, d_keys

@@ -25,7 +25,9 @@ from pallas_kernels.range_attention.gpu_tiles import (
     STAGES,
     TILE,
     Source,
+    Visit,
     accumulate,
+    accumulate_under,
     drain,
     flatten,
     key_ring,
@@ -46,55 +48,62 @@ _LOG2E = math.log2(math.e)
 
 
 def forward(
-    q_BRHd: Float[Array, "B R H d"], sources: Sequence[Source], window: int, interpret: bool = False
+    q_BRHd: Float[Array, "B R H d"], sources: Sequence[Source], interpret: bool = False
 ) -> tuple[Float[Array, "B R H d"], Float[Array, "B H padded"]]:
     """The attention and, padded to whole tiles, the log-sum-exp of the scores in base 2 (0 for rows that see nothing).
 
-    Blocks of 128 rows of one head. The warpgroups take turns: one's products run under the other's softmax.
+    Blocks of 128 rows of one head. A warpgroup multiplies the scores of a tile together with the sum over the tile before
+    it, whose rest runs under the softmax. The two take turns: one's products run under the other's softmax.
     """
     batch, rows, heads, head_dim = q_BRHd.shape
     dtype, kv_heads, tiles = q_BRHd.dtype, sources[0].k_BLKd.shape[2], pl.cdiv(rows, TILE)
     factor = head_dim**-0.5 * _LOG2E
 
-    def kernel(q_ref: Any, *refs: Any, q_s: Any, lse_s: Any, k: Any, v: Any, q_full: Any, turn: Any, **staging: Any):
+    def kernel(q_ref: Any, *refs: Any, q_s: Any, lse_s: Any, k: Any, v: Any, q_full: Any, turns: Any, **staging: Any):
         *arrays, out_ref, lse_ref = refs
         sources = unflatten(arrays)
         b, head, wg = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("wg")
         tile = tiles - 1 - lax.axis_index("tile")
-        k_ring, k_full, k_free = k
-        v_ring, v_full, v_free = v
+        (k_ring, k_full, k_free), (v_ring, v_full, v_free) = k, v
         p_s = staging["staging"].at[wg] if interpret else None
 
-        def change_turn() -> None:
-            plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(turn)
-
-        def step(slot: Array, keys: int, masked: Callable[[Array], Array], carry: Any) -> Any:
-            out, largest, total = carry
-            k_s, v_s = (ring.at[slot, pl.ds(0, keys)] for ring in (k_ring, v_ring))
-            plgpu.barrier_wait(k_full.at[slot])
-
-            def scores_of(accumulator: Any) -> Array:
-                plgpu.wgmma(accumulator, q_s.at[wg], k_s.T)
-                change_turn()
-                return accumulator[...]
-
-            scores = pl.run_scoped(scores_of, plgpu.ACC((HALF, keys), jnp.float32))
-            plgpu.barrier_arrive(k_free.at[slot])
-            scores = masked(scores)
+        def softmax(scores: Array, largest: Array, total: Array) -> tuple[Array, ...]:
             new = jnp.maximum(largest, scores.max(axis=1) * factor)
             shrink = jnp.exp2(largest - new)
             p = jnp.exp2(scores * factor - spread(new, scores.shape, 0))
-            out *= spread(shrink, out.shape, 0)
-            total = total * shrink + p.sum(axis=1)
-            # Without the barrier the compiler moves the softmax into the other warpgroup's turn.
-            out, total, new, p16 = lax.optimization_barrier((out, total, new, p.astype(dtype)))
-            plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(v_full.at[slot])
-            plgpu.barrier_wait(turn)
-            (out,) = accumulate(out, p16, v_s, p_s)
-            plgpu.barrier_arrive(v_free.at[slot])
-            return out, new, total
+            return p, new, total * shrink + p.sum(axis=1), shrink
+
+        def begin(visit: Visit) -> Any:
+            plgpu.barrier_wait(k_full.at[visit.slot])
+            (scores,) = products((q_s.at[wg], k_ring.at[visit.slot].T))
+            plgpu.barrier_arrive(k_free.at[visit.slot])
+            # Finite, so that a row whose first tiles are masked whole does not subtract infinities.
+            lowest = plgpu.layout_cast(jnp.full((HALF,), -1e30, jnp.float32), PER_ROW)
+            p, largest, total, _ = softmax(visit.masked(scores), lowest, zeros_of(HALF, layout=PER_ROW))
+            plgpu.barrier_wait(v_full.at[visit.slot])
+            return zeros_of(HALF, head_dim), p.astype(dtype), largest, total, visit.slot
+
+        def step(visit: Visit, carry: Any) -> Any:
+            out, p16, largest, total, last = carry
+            plgpu.barrier_wait(k_full.at[visit.slot])
+            plgpu.barrier_wait(turns.at[wg])
+
+            v_is_there = partial(plgpu.barrier_wait, v_full.at[visit.slot])
+
+            def scored(scores: Array) -> tuple[Array, ...]:
+                plgpu.barrier_arrive(k_free.at[visit.slot])
+                result = lax.optimization_barrier(softmax(visit.masked(scores), largest, total))
+                # Here it keeps the compiler from moving the softmax behind the end of the sum.
+                pl.when(visit.slot != last)(v_is_there)
+                return result
+
+            scores = (q_s.at[wg], k_ring.at[visit.slot].T)
+            issued = partial(plgpu.barrier_arrive, turns.at[1 - wg])
+            out, (p, largest, total, shrink) = accumulate_under(out, p16, v_ring.at[last], p_s, scores, issued, scored)
+            plgpu.barrier_arrive(v_free.at[last])
+            # The slot that was in use until now: of the first tile after a warpgroup's own keys.
+            pl.when(visit.slot == last)(v_is_there)
+            return out * spread(shrink, out.shape, 0), p.astype(dtype), largest, total, visit.slot
 
         @pl.when(wg < 2)
         def _() -> None:
@@ -102,12 +111,11 @@ def forward(
             mine = pl.ds(tile * TILE + wg * HALF, HALF)
             plgpu.copy_gmem_to_smem(q_ref.at[b, mine, head], q_s.at[wg], q_full.at[wg])
             plgpu.barrier_wait(q_full.at[wg])
-            pl.when(wg == 1)(change_turn)
-            # Finite, so that a row whose first tiles are masked whole does not subtract infinities.
-            lowest = plgpu.layout_cast(jnp.full((HALF,), -1e30, jnp.float32), PER_ROW)
-            carry = (zeros_of(HALF, head_dim), lowest, zeros_of(HALF, layout=PER_ROW))
-            out, largest, total = walk_keys(sources, window, tile, tiles, (k, v), step, carry)
-            pl.when(wg == 0)(change_turn)
+            pl.when(wg == 1)(partial(plgpu.barrier_arrive, turns.at[0]))
+            out, p16, largest, total, last = walk_keys(sources, tile, tiles, (k, v), begin, step)
+            (out,) = accumulate(out, p16, v_ring.at[last], p_s)
+            plgpu.barrier_arrive(v_free.at[last])
+            pl.when(wg == 0)(partial(plgpu.barrier_wait, turns.at[0]))
             empty = total == 0.0
             total = jnp.where(empty, 1.0, total)
             q_s[wg] = (out * spread(1.0 / total, out.shape, 0)).astype(dtype)
@@ -120,7 +128,7 @@ def forward(
         @pl.when(wg == 2)
         def _() -> None:
             kv_head = lax.div(head, jnp.int32(heads // kv_heads))
-            load_keys(sources, window, tile, tiles, kv_head, (k, v))
+            load_keys(sources, tile, tiles, kv_head, (k, v))
 
     lse = jax.ShapeDtypeStruct((batch, heads, tiles * TILE), jnp.float32)
     scratch = {
@@ -129,7 +137,7 @@ def forward(
         "k": key_ring(head_dim, dtype, STAGES),
         "v": key_ring(head_dim, dtype, STAGES),
         "q_full": plgpu.Barrier(num_barriers=2),
-        "turn": plgpu.Barrier(num_arrivals=2),
+        "turns": plgpu.Barrier(num_barriers=2),
     }
     call = launch(
         kernel,
@@ -145,7 +153,6 @@ def forward(
 def query_gradient(
     q_BRHd: Float[Array, "B R H d"],
     sources: Sequence[Source],
-    window: int,
     d_out_BRHd: Float[Array, "B R H d"],
     lse_BHR: Float[Array, "B H padded"],
     delta_BHR: Float[Array, "B H padded"],
@@ -162,7 +169,8 @@ def query_gradient(
         b, head, wg = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("wg")
         tile = tiles - 1 - lax.axis_index("tile")
         q_s, d_out_s, loaded = (scratch[name].at[wg] for name in ("q_s", "d_out_s", "loaded"))
-        (k_ring, k_full, k_free), (v_ring, v_full, v_free) = scratch["k"], scratch["v"]
+        rings = scratch["k"], scratch["v"]
+        (k_ring, k_full, k_free), (v_ring, v_full, v_free) = rings
         staging = scratch["staging"].at[wg] if interpret else None
 
         @pl.when(wg < 2)
@@ -176,19 +184,19 @@ def query_gradient(
             )
             plgpu.barrier_wait(loaded)
 
-            def step(slot: Array, keys: int, masked: Callable[[Array], Array], dq: Array) -> Array:
-                k_s, v_s = (ring.at[slot, pl.ds(0, keys)] for ring in (k_ring, v_ring))
-                plgpu.barrier_wait(k_full.at[slot])
-                plgpu.barrier_wait(v_full.at[slot])
+            def step(visit: Visit, dq: Array) -> Array:
+                k_s, v_s = (ring.at[visit.slot] for ring in (k_ring, v_ring))
+                plgpu.barrier_wait(k_full.at[visit.slot])
+                plgpu.barrier_wait(v_full.at[visit.slot])
                 scores, dp = products((q_s, k_s.T), (d_out_s, v_s.T))
-                plgpu.barrier_arrive(v_free.at[slot])
-                p = jnp.exp2(masked(scores) * factor - spread(lse, scores.shape, 0))
+                plgpu.barrier_arrive(v_free.at[visit.slot])
+                p = jnp.exp2(visit.masked(scores) * factor - spread(lse, scores.shape, 0))
                 ds = p * (dp - spread(delta, dp.shape, 0))
                 (dq,) = accumulate(dq, ds.astype(dtype), k_s, staging)
-                plgpu.barrier_arrive(k_free.at[slot])
+                plgpu.barrier_arrive(k_free.at[visit.slot])
                 return dq
 
-            dq = walk_keys(sources, window, tile, tiles, (scratch["k"], scratch["v"]), step, zeros_of(HALF, head_dim))
+            dq = walk_keys(sources, tile, tiles, rings, partial(step, dq=zeros_of(HALF, head_dim)), step)
             q_s[...] = (dq * head_dim**-0.5).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_s, dq_ref.at[b, mine, head])
@@ -197,7 +205,7 @@ def query_gradient(
         @pl.when(wg == 2)
         def _() -> None:
             kv_head = lax.div(head, jnp.int32(heads // kv_heads))
-            load_keys(sources, window, tile, tiles, kv_head, (scratch["k"], scratch["v"]))
+            load_keys(sources, tile, tiles, kv_head, rings)
 
     scratch = {
         "q_s": tile_buffers(HALF, head_dim, dtype, 2),

@@ -64,6 +64,8 @@ def make_source(
     lowest, highest = first.reshape(batch, -1, 2).min(2), last.reshape(batch, -1, 2).max(2)
     key_tile = lowest // TILE
     count = jnp.maximum(-(-highest // TILE) - key_tile, 0)
+    # Rows that see nothing visit one tile too, masked whole, so that a walk always has a first one.
+    key_tile, count = jnp.where(count > 0, key_tile, 0), jnp.maximum(count, 1)
     row_tiles = (key_tile, count, bounds[0].reshape(batch, -1, 2).max(2), bounds[1].reshape(batch, -1, 2).min(2))
 
     base = jnp.arange(0, length, TILE)[:, None]
@@ -76,11 +78,6 @@ def make_source(
         return jnp.stack(columns, axis=2).reshape(-1).astype(jnp.int32)
 
     return Source(k_BLKd, v_BLKd, start, end, table(*row_tiles), table(*bounds), table(first_half, halves))
-
-
-def own_window(group_size: int) -> int:
-    """How many own keys a warpgroup loads for its rows: theirs and, where groups straddle warpgroups, those before."""
-    return HALF if HALF % group_size == 0 else TILE
 
 
 def zeros_of(*shape: int, layout: Any = _LAYOUT) -> Array:
@@ -131,6 +128,37 @@ def accumulate(total: Array, a: Array, b_ref: Any, staging: Any, *pairs: tuple[A
     return pl.run_state(compute)([plgpu.ACC.init(array) for array in (total, *zeros)])
 
 
+def accumulate_under(
+    total: Array,
+    a: Array,
+    b_ref: Any,
+    staging: Any,
+    pair: tuple[Any, Any],
+    issued: Callable[[], None],
+    then: Callable[[Array], Any],
+) -> tuple[Array, Any]:
+    """``total + a @ b`` and ``then(product of pair)``, which computes while the former still runs.
+
+    ``issued`` is called when both products are in flight.
+    """
+    if staging is not None:
+        staging[...] = a
+        plgpu.commit_smem()
+
+    def compute(product: Any, accumulator: Any) -> tuple[Array, Any]:
+        if staging is None:
+            accumulator[...] = total
+        plgpu.wgmma(product, *pair)
+        plgpu.wgmma(accumulator, a if staging is None else staging, b_ref)
+        issued()
+        others = then(plgpu.wgmma_accumulator_load(product, wait_n=1))
+        return accumulator[...], others
+
+    shapes = ((pair[0].shape[0], pair[1].shape[1]), total.shape)
+    result, others = pl.run_scoped(compute, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+    return result if staging is None else total + result, others
+
+
 def launch(
     body: Callable[..., None],
     out_type: Any,
@@ -161,22 +189,22 @@ def tile_buffers(rows: int, head_dim: int, dtype: Any, copies: int) -> Any:
     return plgpu.SMEM((copies, rows, head_dim), dtype, transforms=_ROW_MAJOR)
 
 
-def _own_base(tile: Array, wg: Array | int, window: int) -> Array:
-    """The first of the rows' own keys that a warpgroup's rows can see: those of its last ``window`` rows."""
-    return jnp.maximum(tile * TILE + (wg + 1) * HALF - window, 0)
+def _own_base(tile: Array, wg: Array | int) -> Array:
+    """The first of the TILE own keys that a warpgroup's rows can see: those of its rows and as many before."""
+    return jnp.maximum(tile * TILE + (wg + 1) * HALF - TILE, 0)
 
 
 def load_keys(
-    sources: Sequence[Any], window: int, tile: Array, tiles: int, kv_head: Array, rings: Sequence[tuple[Any, ...]]
+    sources: Sequence[Any], tile: Array, tiles: int, kv_head: Array, rings: Sequence[tuple[Any, ...]]
 ) -> None:
     """The loading warpgroup: the own keys of each consumer, then all others' tiles, as slots come free."""
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
     batch = lax.axis_index("batch")
     clean, *own = sources
     for wg in range(2 if own else 0):
-        where = (batch, pl.ds(_own_base(tile, wg, window), window), kv_head)
+        where = (batch, pl.ds(_own_base(tile, wg), TILE), kv_head)
         for array, (ring, full, _) in zip(own[0][:2], rings, strict=True):
-            plgpu.copy_gmem_to_smem(array.at[where], ring.at[wg, pl.ds(0, window)], full.at[wg])
+            plgpu.copy_gmem_to_smem(array.at[where], ring.at[wg], full.at[wg])
     before = 2 * len(own)
     entry = (batch * tiles + tile) * 4
     first, count = clean.row_tiles[entry], clean.row_tiles[entry + 1]
@@ -201,16 +229,24 @@ def drain(count: Array, stages: int, barriers: Sequence[Any]) -> None:
             plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(stages))])
 
 
+class Visit(NamedTuple):
+    """A tile of keys that a warpgroup's rows may see."""
+
+    # Where the rings hold it.
+    slot: Array
+    # Sets scores of invisible pairs to -inf.
+    masked: Callable[[Array], Array]
+
+
 def walk_keys(
     sources: Sequence[Any],
-    window: int,
     tile: Array,
     tiles: int,
     rings: Sequence[tuple[Any, ...]],
-    step: Callable[..., Any],
-    carry: Any,
+    begin: Callable[[Visit], Any],
+    step: Callable[[Visit, Any], Any],
 ) -> Any:
-    """A consumer: ``step(slot, keys, mask, carry)`` for its own keys and for every tile that its rows may see."""
+    """A consumer: ``begin`` and then ``step`` on every tile that its rows may see, their own keys first."""
     batch, wg = lax.axis_index("batch"), lax.axis_index("wg")
     rows = pl.ds(tile * TILE + wg * HALF, HALF)
 
@@ -222,28 +258,29 @@ def walk_keys(
         return start, end
 
     clean, *own = sources
-    if own:
-        for _, full, free in rings:
-            plgpu.barrier_wait(full.at[1 - wg])
-            plgpu.barrier_arrive(free.at[1 - wg])
-        start, end = interval(own[0])
-        base = _own_base(tile, wg, window)
-        carry = step(wg, window, lambda scores: mask_scores(scores, base, start, end, 1), carry)
-    before = 2 * len(own)
     entry = (batch * tiles + tile) * 4
     first, count, largest_start, smallest_end = (clean.row_tiles[entry + column] for column in range(4))
     start, end = interval(clean)
 
-    def one(i: Array, carry: Any) -> Any:
+    def visit(i: Array | int) -> Visit:
         base = (first + i) * TILE
 
         def masked(scores: Array) -> Array:
             whole = (base >= largest_start) & (base + TILE <= smallest_end)
             return lax.cond(whole, lambda: scores, lambda: mask_scores(scores, base, start, end, 1))
 
-        return step(lax.rem(before + i, jnp.int32(STAGES)), TILE, masked, carry)
+        return Visit(lax.rem(2 * len(own) + i, jnp.int32(STAGES)), masked)
 
-    return lax.fori_loop(0, count, one, carry)
+    if own:
+        # The other consumer's.
+        for _, full, free in rings:
+            plgpu.barrier_wait(full.at[1 - wg])
+            plgpu.barrier_arrive(free.at[1 - wg])
+        bounds = interval(own[0])
+        carry = begin(Visit(wg, lambda scores: mask_scores(scores, _own_base(tile, wg), *bounds, 1)))
+    else:
+        carry = begin(visit(jnp.int32(0)))
+    return lax.fori_loop(0 if own else 1, count, lambda i, carry: step(visit(i), carry), carry)
 
 
 def key_ring(head_dim: int, dtype: Any, stages: int) -> tuple[Any, ...]:

@@ -17,6 +17,9 @@ from pallas_kernels.verify.reference import LOWEST, PURPOSE_DRAFT, PURPOSE_TOKEN
 
 # With no more rows than this, a row gets a larger program, or several.
 _FEW_ROWS = 128
+# Warps of a program that summarizes, for few rows and for many, and of one that draws; values of a tile it draws from.
+_WARPS = (16, 8)
+_DRAW_WARPS = 4
 _TILE = 2048
 _STAGES = 3
 
@@ -52,7 +55,7 @@ def summarize(
 ) -> Summary:
     """Filter the given rows; without ``normalise`` only the threshold is found, and unfiltered rows are not read."""
     rows, vocabulary = row_BR.size, logits_BWV.shape[-1]
-    warps = 16 if rows <= _FEW_ROWS else 8
+    warps = _WARPS[rows > _FEW_ROWS]
     lanes = 256 * warps
     room = max(vocabulary, lanes)  # of scratch: all of a row may become candidates
     shapes = [jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32, jnp.int32)]
@@ -101,7 +104,7 @@ def draw(
         kernel=triton_kernels.draw_rows,
         out_shape=[jax.ShapeDtypeStruct((rows, parts), dtype) for dtype in (jnp.float32, jnp.int32)],
         grid=(rows, parts),
-        num_warps=4,
+        num_warps=_DRAW_WARPS,
         V=vocabulary,
         PART=part,
         TILE=_TILE,
