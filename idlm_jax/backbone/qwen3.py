@@ -29,6 +29,7 @@ from idlm_jax.backbone.layers import (
 from idlm_jax.backbone.weights import Params, is_stacked
 from idlm_jax.config import ModelConfig
 from pallas_kernels.decode_attention.reference import window_attention
+from pallas_kernels.range_attention.reference import RANGE_ATTENTION
 
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
@@ -55,6 +56,8 @@ class Remat(enum.Enum):
     NONE = "none"
     # All but the results of matrix products.
     DOTS = "dots"
+    # All but what attention gives, where the kernels for GPUs run.
+    ATTENTION = "attention"
     # All: only the input of each layer is kept.
     BLOCK = "block"
 
@@ -62,7 +65,12 @@ class Remat(enum.Enum):
         """``layer`` with this policy."""
         if self is Remat.NONE:
             return layer
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self is Remat.DOTS else None
+        policies = jax.checkpoint_policies
+        policy = {
+            Remat.DOTS: policies.dots_with_no_batch_dims_saveable,
+            Remat.ATTENTION: policies.save_only_these_names(RANGE_ATTENTION),
+            Remat.BLOCK: None,
+        }[self]
         # Inside a scan nothing can be merged with the first computation, so the barrier against it would only cost.
         return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
@@ -226,16 +234,25 @@ class Qwen3(nnx.Module):
 
     def _embed(self, tokens: Int[Array, "B L"], adapter_from: int | None) -> Float[Array, "B L D"]:
         axes, table = split_axes(tokens), self.embedding[...]
-        if axes is None:
-            x = table[tokens]
-        else:
+        if axes is not None:
             # Whole rows first: looking up slices of rows would leave every token's embedding spread over devices.
             table = jax.reshard(table, PartitionSpec(jax.typeof(table).sharding.spec[0], None))
-            x = table.at[tokens].get(out_sharding=PartitionSpec(*axes, None))
-        if self.mask_embedding is None or adapter_from is None:
-            return x
-        is_mask = (tokens == self.config.mask_token_id) & (jnp.arange(tokens.shape[1]) >= adapter_from)
-        return jnp.where(is_mask[:, :, None], self.mask_embedding[...].astype(x.dtype), x)
+        sharding = None if axes is None else PartitionSpec(*axes, None)
+        mask_token_id = self.config.mask_token_id
+        if mask_token_id is None:
+            return table.at[tokens].get(out_sharding=sharding)
+        is_mask = tokens == mask_token_id
+        if self.mask_embedding is not None:
+            x = table.at[tokens].get(out_sharding=sharding)
+            if adapter_from is None:
+                return x
+            is_mask &= jnp.arange(tokens.shape[1]) >= adapter_from
+            return jnp.where(is_mask[:, :, None], self.mask_embedding[...].astype(x.dtype), x)
+        # Nothing is looked up for mask tokens: gradients of so many rows would queue for one row of the table.
+        others = jnp.where(is_mask, table.shape[0], tokens)
+        x = table.at[others].get(mode="fill", fill_value=0, out_sharding=sharding)
+        mask = table.at[mask_token_id].get(out_sharding=None if axes is None else PartitionSpec(None))
+        return jnp.where(is_mask[:, :, None], mask, x)
 
 
 def causal_logits(model: Qwen3, tokens: Int[Array, "B L"], adapter_from: int | None = None) -> Float[Array, "B L V"]:

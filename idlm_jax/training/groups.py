@@ -5,6 +5,7 @@ tokens of their document before s and, causally, each other; row j predicts the 
 decoder's mask rows see, and with starts at every multiple of the block size it is the official ``x_t`` (method.md 2).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -72,8 +73,10 @@ class GroupPolicy:
     density: float = 1.0
 
     def groups(self, length: int) -> int:
-        """Groups a row of ``length`` tokens."""
-        return max(1, min(length, -(-int(self.density * length) // self.block_size)))
+        """Groups a row of ``length`` tokens: for a multiple of 8 noisy rows, as the hardware's tiles have them."""
+        least = max(1, -(-int(self.density * length) // self.block_size))
+        even = 8 // math.gcd(8, self.block_size)
+        return min(length, -(-least // even) * even)
 
 
 @jax.tree_util.register_dataclass

@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.range_attention import gpu_kernels
 from pallas_kernels.range_attention.gpu_tiles import HALF, MULTIPLE, TILE, Source, make_source
-from pallas_kernels.range_attention.reference import GroupKV
+from pallas_kernels.range_attention.reference import RANGE_ATTENTION, GroupKV
 
 _DTYPES, _HEAD_DIMS = (jnp.bfloat16, jnp.float16), (64, 128)
 # Of larger groups the first rows would lie outside of the own keys that a warpgroup loads.
@@ -72,7 +73,9 @@ def _attention(interpret: bool, intervals: Any, q_BRHd: Array, keys: Any) -> Arr
 
 
 def _attention_forward(interpret: bool, intervals: Any, q_BRHd: Array, keys: Any) -> tuple[Array, Any]:
-    out, lse = gpu_kernels.forward(q_BRHd, _sources(keys, intervals), interpret)
+    results = gpu_kernels.forward(q_BRHd, _sources(keys, intervals), interpret)
+    # A policy may name what need not be computed again for the gradient.
+    out, lse = (checkpoint_name(array, RANGE_ATTENTION) for array in results)
     return out, (intervals, q_BRHd, keys, out, lse)
 
 

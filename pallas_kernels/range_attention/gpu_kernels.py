@@ -74,6 +74,7 @@ def forward(
             return p, new, total * shrink + p.sum(axis=1), shrink
 
         def begin(visit: Visit) -> Any:
+            plgpu.barrier_wait(q_full.at[wg])
             plgpu.barrier_wait(k_full.at[visit.slot])
             (scores,) = products((q_s.at[wg], k_ring.at[visit.slot].T))
             plgpu.barrier_arrive(k_free.at[visit.slot])
@@ -110,7 +111,6 @@ def forward(
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
             mine = pl.ds(tile * TILE + wg * HALF, HALF)
             plgpu.copy_gmem_to_smem(q_ref.at[b, mine, head], q_s.at[wg], q_full.at[wg])
-            plgpu.barrier_wait(q_full.at[wg])
             pl.when(wg == 1)(partial(plgpu.barrier_arrive, turns.at[0]))
             out, p16, largest, total, last = walk_keys(sources, tile, tiles, (k, v), begin, step)
             (out,) = accumulate(out, p16, v_ring.at[last], p_s)
@@ -128,7 +128,7 @@ def forward(
         @pl.when(wg == 2)
         def _() -> None:
             kv_head = lax.div(head, jnp.int32(heads // kv_heads))
-            load_keys(sources, tile, tiles, kv_head, (k, v))
+            load_keys(sources, tile, tiles, kv_head, (k, v), lag=1)
 
     lse = jax.ShapeDtypeStruct((batch, heads, tiles * TILE), jnp.float32)
     scratch = {
@@ -182,7 +182,10 @@ def query_gradient(
             lse, delta = (
                 plgpu.load(array.at[b, head, mine], layout=PER_ROW, optimized=False) for array in (lse_ref, delta_ref)
             )
-            plgpu.barrier_wait(loaded)
+
+            def begin(visit: Visit) -> Array:
+                plgpu.barrier_wait(loaded)
+                return step(visit, zeros_of(HALF, head_dim))
 
             def step(visit: Visit, dq: Array) -> Array:
                 k_s, v_s = (ring.at[visit.slot] for ring in (k_ring, v_ring))
@@ -196,7 +199,7 @@ def query_gradient(
                 plgpu.barrier_arrive(k_free.at[visit.slot])
                 return dq
 
-            dq = walk_keys(sources, tile, tiles, rings, partial(step, dq=zeros_of(HALF, head_dim)), step)
+            dq = walk_keys(sources, tile, tiles, rings, begin, step)
             q_s[...] = (dq * head_dim**-0.5).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_s, dq_ref.at[b, mine, head])

@@ -195,9 +195,12 @@ def _own_base(tile: Array, wg: Array | int) -> Array:
 
 
 def load_keys(
-    sources: Sequence[Any], tile: Array, tiles: int, kv_head: Array, rings: Sequence[tuple[Any, ...]]
+    sources: Sequence[Any], tile: Array, tiles: int, kv_head: Array, rings: Sequence[tuple[Any, ...]], lag: int = 0
 ) -> None:
-    """The loading warpgroup: the own keys of each consumer, then all others' tiles, as slots come free."""
+    """The loading warpgroup: the own keys of each consumer, then all others' tiles, as slots come free.
+
+    Values come ``lag`` tiles behind the keys: a ring must not wait for a slot while the other's tile is needed sooner.
+    """
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
     batch = lax.axis_index("batch")
     clean, *own = sources
@@ -209,13 +212,17 @@ def load_keys(
     entry = (batch * tiles + tile) * 4
     first, count = clean.row_tiles[entry], clean.row_tiles[entry + 1]
 
-    @pl.loop(before, before + count)
-    def _(i: Array) -> None:
+    def load(array: Any, ring: tuple[Any, ...], i: Array) -> None:
+        buffer, full, free = ring
         slot = lax.rem(i, jnp.int32(STAGES))
+        pl.when(i >= STAGES)(partial(plgpu.barrier_wait, free.at[slot]))
         where = (batch, pl.ds((first + i - before) * TILE, TILE), kv_head)
-        for array, (ring, full, free) in zip(clean[:2], rings, strict=True):
-            pl.when(i >= STAGES)(partial(plgpu.barrier_wait, free.at[slot]))
-            plgpu.copy_gmem_to_smem(array.at[where], ring.at[slot], full.at[slot])
+        plgpu.copy_gmem_to_smem(array.at[where], buffer.at[slot], full.at[slot])
+
+    @pl.loop(before, before + count + lag)
+    def _(i: Array) -> None:
+        pl.when(i < before + count)(partial(load, clean.k_BLKd, rings[0], i))
+        pl.when(i >= before + lag)(partial(load, clean.v_BLKd, rings[1], i - lag))
 
     drain(before + count, STAGES, [free for _, _, free in rings])
 

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+# Under this name (jax.ad_checkpoint.checkpoint_name) the kernels' results can be kept for the backward pass.
+RANGE_ATTENTION = "range_attention"
+
 GroupKV = tuple[Float[Array, "B R K d"], Float[Array, "B R K d"]]
 
 

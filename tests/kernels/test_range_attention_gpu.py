@@ -279,3 +279,25 @@ def test_kernels_on_hopper_equal_the_reference_and_repeat_bit_by_bit(case, dtype
     for _ in range(10):
         for first, again in zip(ours, run(*arguments), strict=True):
             np.testing.assert_array_equal(first, again)
+
+
+@pytest.mark.parametrize("kept, forward_passes", [(False, 2), (True, 1)])
+def test_its_results_can_be_kept_where_all_else_is_computed_again(kept, forward_passes):
+    arguments = inputs(6, (1, 64, 64, 2, 1, 64), None, packed(64), jnp.bfloat16)
+    names = (reference.RANGE_ATTENTION,) if kept else ()
+    run = jax.checkpoint(
+        lambda q, k, v, *rest: jnp.sum(gpu.range_attention(q, k, v, *rest).astype(jnp.float32)),
+        policy=jax.checkpoint_policies.save_only_these_names(*names),
+    )
+    traced = jax.make_jaxpr(jax.value_and_grad(run, (0, 1, 2)))(*arguments[:5])
+    assert count_kernels(traced.jaxpr) == forward_passes + 2
+
+
+def count_kernels(jaxpr):
+    found = 0
+    for eqn in jaxpr.eqns:
+        found += eqn.primitive.name == "mpmd_map"
+        for parameter in jax.tree.leaves(eqn.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            found += count_kernels(inner) if hasattr(inner, "eqns") else 0
+    return found
