@@ -16,8 +16,9 @@ from pallas_kernels.decode_layer import triton_kernels
 from pallas_kernels.decode_layer.product import Normed, Product
 from pallas_kernels.decode_layer.reference import TILE
 
-# Rows of a tile: what the tensor cores take.
-_ROWS = 16
+# Rows of a tile: the fewest that the tensor cores take. Where there are many, a LoRA takes more, so that its second
+# matrix is not read again for every few rows.
+_ROWS, _MANY_ROWS = 16, 64
 
 
 def _power_of_two(size: int) -> int:
@@ -37,6 +38,7 @@ def _constants(product: Product) -> dict[str, Any]:
     expand, squares = product.expand, product.squares_BWT
     tiles = 0 if squares is None else squares.shape[-1]
     rank = 0 if expand is None else len(expand.b_RN)
+    many = rank > 0 and batch * rows > _MANY_ROWS
     return {
         "R": batch * rows,
         "W": rows,
@@ -52,7 +54,8 @@ def _constants(product: Product) -> dict[str, Any]:
         "RANKS": max(_ROWS, _power_of_two(max(rank, 1))),
         "LORA_SCALE": 1.0 if expand is None else expand.scale,
         "FIRST_ROW": 0 if expand is None else expand.first_row,
-        "ROWS": _ROWS,
+        "ROWS": _MANY_ROWS if many else _ROWS,
+        "num_warps": 8 if many else 4,
     }
 
 
@@ -73,8 +76,7 @@ def add(
         b,
         kernel=triton_kernels.add_rows,
         out_shape=[like_x, like_x, jax.ShapeDtypeStruct((*x_BWD.shape[:2], tiles), jnp.float32)],
-        grid=(math.ceil(constants["R"] / _ROWS), tiles),
-        num_warps=4,
+        grid=(math.ceil(constants["R"] / constants["ROWS"]), tiles),
         TILE=TILE,
         **constants,
     )
@@ -84,13 +86,13 @@ def add(
 def gated(product: Product, dtype: jnp.dtype) -> Float[Array, "B W F"]:
     """As ``reference.gated``."""
     constants, width = _constants(product), product.columns // 2
+    tile = 2 * TILE if constants["ROWS"] == _MANY_ROWS else TILE
     return jax_triton.triton_call(
         *_operands(product),
         kernel=triton_kernels.gate_rows,
         out_shape=jax.ShapeDtypeStruct((*product.parts_SBWC.shape[1:3], width), dtype),
-        grid=(math.ceil(constants["R"] / _ROWS), math.ceil(width / TILE)),
-        num_warps=4,
-        TILE=TILE,
+        grid=(math.ceil(constants["R"] / constants["ROWS"]), math.ceil(width / tile)),
+        TILE=tile,
         **constants,
     )
 
@@ -118,9 +120,8 @@ def rotate_and_store(
             v_PKSd,
             kernel=triton_kernels.rotate_rows,
             out_shape=[jax.ShapeDtypeStruct((requests, rows, query_heads, head_dim), k_PKSd.dtype), cache, cache],
-            grid=(math.ceil(requests * rows / _ROWS), query_heads + 2 * heads),
+            grid=(math.ceil(requests * rows / constants["ROWS"]), query_heads + 2 * heads),
             input_output_aliases={len(operands): 1, len(operands) + 1: 2},
-            num_warps=4,
             FIRST=first,
             POOL=requests,
             H=query_heads,

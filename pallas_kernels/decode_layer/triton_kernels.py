@@ -32,9 +32,18 @@ def _shrunk(
 
 
 @triton.jit
+def _squares(squares_ptr, row, real, T: tl.constexpr, TILES: tl.constexpr):
+    """Sums of squares of the rows that went into the product, tile by tile; zeros where it is not to be normed."""
+    tile = tl.arange(0, TILES)
+    inside = real[:, None] & (tile < T)[None, :]
+    return tl.load(squares_ptr + row[:, None] * T + tile[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def _finished(
-    parts_ptr, bias_ptr, b_ptr, shrunk, divisor, row, real, column,
+    parts_ptr, bias_ptr, b_ptr, shrunk, squares, row, real, column,
     R: tl.constexpr, W: tl.constexpr, C: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr,
+    T: tl.constexpr, INPUTS: tl.constexpr, EPSILON: tl.constexpr,
     RANK: tl.constexpr, RANKS: tl.constexpr, LORA_SCALE: tl.constexpr, FIRST_ROW: tl.constexpr,
 ):  # fmt: skip
     """A tile of the finished product."""
@@ -47,24 +56,11 @@ def _finished(
         delta = tl.dot(shrunk.to(b.dtype), b, input_precision="ieee")
         # Rows before the first adapted one stay what they are, bit for bit.
         y = tl.where((row % W >= FIRST_ROW)[:, None], y + LORA_SCALE * delta, y)
-    y = y / divisor[:, None]
+    if T > 0:
+        y = y / tl.sqrt(tl.sum(squares, axis=1) / INPUTS + EPSILON)[:, None]
     if BIAS:
         y += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
     return y
-
-
-@triton.jit
-def _root_mean_square(
-    squares_ptr, row, real, T: tl.constexpr, TILES: tl.constexpr, INPUTS: tl.constexpr, EPSILON: tl.constexpr
-):
-    """Of the rows that went into the product; one where they needed no norm."""
-    if T == 0:
-        return tl.where(real, 1.0, 1.0)
-    else:
-        tile = tl.arange(0, TILES)
-        inside = real[:, None] & (tile < T)[None, :]
-        squares = tl.load(squares_ptr + row[:, None] * T + tile[None, :], mask=inside, other=0.0)
-        return tl.sqrt(tl.sum(squares, axis=1) / INPUTS + EPSILON)
 
 
 @triton.jit
@@ -81,18 +77,19 @@ def add_rows(
     real = row < R
     inside = real[:, None] & (column < N)[None, :]
     index = row[:, None] * N + column[None, :]
-    divisor = _root_mean_square(squares_in_ptr, row, real, T, TILES, INPUTS, EPSILON)
-    shrunk = divisor
+    # All that comes from memory is asked for before anything waits for it.
+    squares_in = _squares(squares_in_ptr, row, real, T, TILES)
+    x = tl.load(x_ptr + index, mask=inside, other=0.0)
+    scale = tl.load(scale_ptr + column, mask=column < N, other=0.0).to(tl.float32)
+    shrunk = squares_in
     if RANK > 0:
         shrunk = _shrunk(parts_ptr, row, real, 0, R, C, N, SPLITS, RANK, RANKS)
     y = _finished(
-        parts_ptr, bias_ptr, b_ptr, shrunk, divisor, row, real, column,
-        R, W, C, N, SPLITS, BIAS, RANK, RANKS, LORA_SCALE, FIRST_ROW,
+        parts_ptr, bias_ptr, b_ptr, shrunk, squares_in, row, real, column,
+        R, W, C, N, SPLITS, BIAS, T, INPUTS, EPSILON, RANK, RANKS, LORA_SCALE, FIRST_ROW,
     )  # fmt: skip
-    x = tl.load(x_ptr + index, mask=inside, other=0.0)
     rounded = (x.to(tl.float32) + y).to(x.dtype)
     x = rounded.to(tl.float32)
-    scale = tl.load(scale_ptr + column, mask=column < N, other=0.0).to(tl.float32)
     tl.store(sum_ptr + index, rounded, mask=inside)
     tl.store(scaled_ptr + index, (x * scale[None, :]).to(rounded.dtype), mask=inside)
     squares = tl.sum(tl.where(inside, x * x, 0.0), axis=1)
@@ -111,19 +108,19 @@ def gate_rows(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     real = row < R
-    divisor = _root_mean_square(squares_in_ptr, row, real, T, TILES, INPUTS, EPSILON)
-    shrunk_gate = divisor
-    shrunk_up = divisor
+    squares_in = _squares(squares_in_ptr, row, real, T, TILES)
+    shrunk_gate = squares_in
+    shrunk_up = squares_in
     if RANK > 0:
         shrunk_gate = _shrunk(parts_ptr, row, real, 0, R, C, N, SPLITS, RANK, RANKS)
         shrunk_up = _shrunk(parts_ptr, row, real, 1, R, C, N, SPLITS, RANK, RANKS)
     gate = _finished(
-        parts_ptr, bias_ptr, b_ptr, shrunk_gate, divisor, row, real, column,
-        R, W, C, N, SPLITS, BIAS, RANK, RANKS, LORA_SCALE, FIRST_ROW,
+        parts_ptr, bias_ptr, b_ptr, shrunk_gate, squares_in, row, real, column,
+        R, W, C, N, SPLITS, BIAS, T, INPUTS, EPSILON, RANK, RANKS, LORA_SCALE, FIRST_ROW,
     )  # fmt: skip
     up = _finished(
-        parts_ptr, bias_ptr, b_ptr, shrunk_up, divisor, row, real, N // 2 + column,
-        R, W, C, N, SPLITS, BIAS, RANK, RANKS, LORA_SCALE, FIRST_ROW,
+        parts_ptr, bias_ptr, b_ptr, shrunk_up, squares_in, row, real, N // 2 + column,
+        R, W, C, N, SPLITS, BIAS, T, INPUTS, EPSILON, RANK, RANKS, LORA_SCALE, FIRST_ROW,
     )  # fmt: skip
     inside = real[:, None] & (column < N // 2)[None, :]
     out = gate / (1.0 + tl.exp(-gate)) * up
@@ -150,17 +147,20 @@ def rotate_rows(
     head = tl.program_id(1)
     part = (head >= H).to(tl.int32) + (head >= H + K).to(tl.int32)
     half = tl.arange(0, HALF)
-    divisor = _root_mean_square(squares_in_ptr, row, real, T, TILES, INPUTS, EPSILON)
-    shrunk = divisor
+    squares_in = _squares(squares_in_ptr, row, real, T, TILES)
+    index = row[:, None] * HALF + half[None, :]
+    cos = tl.load(cos_ptr + index, mask=real[:, None] & (part < 2), other=0.0)
+    sin = tl.load(sin_ptr + index, mask=real[:, None] & (part < 2), other=0.0)
+    shrunk = squares_in
     if RANK > 0:
         shrunk = _shrunk(parts_ptr, row, real, part, R, C, N, SPLITS, RANK, RANKS)
     one = _finished(
-        parts_ptr, bias_ptr, b_ptr, shrunk, divisor, row, real, head * 2 * HALF + half,
-        R, W, C, N, SPLITS, BIAS, RANK, RANKS, LORA_SCALE, FIRST_ROW,
+        parts_ptr, bias_ptr, b_ptr, shrunk, squares_in, row, real, head * 2 * HALF + half,
+        R, W, C, N, SPLITS, BIAS, T, INPUTS, EPSILON, RANK, RANKS, LORA_SCALE, FIRST_ROW,
     )  # fmt: skip
     two = _finished(
-        parts_ptr, bias_ptr, b_ptr, shrunk, divisor, row, real, (head * 2 + 1) * HALF + half,
-        R, W, C, N, SPLITS, BIAS, RANK, RANKS, LORA_SCALE, FIRST_ROW,
+        parts_ptr, bias_ptr, b_ptr, shrunk, squares_in, row, real, (head * 2 + 1) * HALF + half,
+        R, W, C, N, SPLITS, BIAS, T, INPUTS, EPSILON, RANK, RANKS, LORA_SCALE, FIRST_ROW,
     )  # fmt: skip
     if part < 2:
         if NORM:
@@ -169,9 +169,6 @@ def rotate_rows(
             root = tl.sqrt(squares / (2 * HALF) + EPSILON)[:, None]
             one = one / root * tl.load(scale_ptr).to(tl.float32)[None, :]
             two = two / root * tl.load(scale_ptr + HALF).to(tl.float32)[None, :]
-        index = row[:, None] * HALF + half[None, :]
-        cos = tl.load(cos_ptr + index, mask=real[:, None], other=0.0)
-        sin = tl.load(sin_ptr + index, mask=real[:, None], other=0.0)
         turned = one * cos - two * sin
         two = two * cos + one * sin
         one = turned
