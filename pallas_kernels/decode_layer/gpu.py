@@ -15,6 +15,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.decode_layer import triton_kernels
 from pallas_kernels.decode_layer.product import Normed, Product
 from pallas_kernels.decode_layer.reference import TILE
+from pallas_kernels.triton_graphs import use_typed_calls
+
+use_typed_calls()
 
 # Rows of a tile: the fewest that the tensor cores take. Where there are many, a LoRA takes more, so that its second
 # matrix is not read again for every few rows.

@@ -103,6 +103,8 @@ def launches(batch: int, rows: int, rank: int, layers: int) -> int:
     lines = [line for line in body.splitlines() if re.search(LAUNCH, line)]
     copies = [line for line in lines if re.search(r" copy(-start)?\(|scatter|dynamic-update-slice", line)]
     assert not copies, copies
+    assert 'custom_call_target="triton_kernel_call_ffi"' in body, "no CUDA graph takes untyped calls"
+    assert 'custom_call_target="triton_kernel_call"' not in body, "no CUDA graph takes untyped calls"
     return len(lines)
 
 
