@@ -54,20 +54,22 @@ def window(config: ModelConfig) -> tuple:
     return jnp.asarray(tokens), LENGTHS[:, None] + jnp.arange(ROWS), LENGTHS, mask
 
 
-def cache_of(config: ModelConfig) -> tuple:
+def cache_of(model: Qwen3) -> tuple:
+    """Full of numbers that bfloat16 holds exactly."""
     generator = np.random.default_rng(2)
-    return jax.tree.map(lambda x: jnp.float32(generator.normal(size=x.shape)), init_pools(config, POOLS, jnp.float32))
+    empty = init_pools(model.config, POOLS, model.dtype)
+    return jax.tree.map(lambda x: jnp.asarray(generator.normal(size=x.shape), jnp.bfloat16).astype(x.dtype), empty)
 
 
 @partial(jax.jit, static_argnums=1)
 def of_model(model: Qwen3, gate: int | None) -> tuple:
     tokens, positions, length, mask = window(model.config)
-    return model(tokens, positions, cached_attention(length, mask), cache_of(model.config), gate)
+    return model(tokens, positions, cached_attention(length, mask), cache_of(model), gate)
 
 
 @partial(jax.jit, static_argnums=1)
 def of_operations(model: Qwen3, gate: int | None) -> tuple:
-    return forward_by(reference, model, *window(model.config), cache_of(model.config), gate, "xla")
+    return forward_by(reference, model, *window(model.config), cache_of(model), gate, "xla")
 
 
 def assert_same(ours: tuple, wanted: tuple) -> None:
@@ -95,6 +97,21 @@ def test_forward_by_operations_equals_the_model(
         assert_same(of_model(absorbed, gate), wanted)
 
 
+def test_in_bfloat16_it_is_no_farther_from_float32_than_the_model() -> None:
+    config = FAMILIES["qwen3"]
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params_of(config))
+    adapter = adapter_of(config).astype(jnp.bfloat16)
+    in_float32 = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    exact = of_model(Qwen3(config, in_float32, adapter.astype(jnp.float32)), GATE)[0]
+
+    def error(hidden: jax.Array) -> float:
+        return float(jnp.sqrt(jnp.mean(jnp.square(hidden.astype(jnp.float32) - exact))))
+
+    plain = error(of_model(Qwen3(config, params, adapter), GATE)[0])
+    absorbed = Qwen3(config, params, absorb(config, params, adapter))
+    assert 0 < error(of_operations(absorbed, GATE)[0]) <= plain
+
+
 def test_rows_before_the_gate_are_the_same_bit_for_bit_whatever_the_adapter() -> None:
     config = FAMILIES["qwen3"]
     outputs = []
@@ -109,7 +126,7 @@ def test_rows_before_the_gate_are_the_same_bit_for_bit_whatever_the_adapter() ->
 
 def test_without_a_gpu_the_model_itself_runs_and_kernels_that_are_asked_for_are_refused() -> None:
     model = Qwen3(FAMILIES["qwen3"], params_of(FAMILIES["qwen3"]))
-    arguments = model, *window(model.config), cache_of(model.config), GATE
+    arguments = model, *window(model.config), cache_of(model), GATE
     jax.tree.map(np.testing.assert_array_equal, jax.jit(forward, static_argnums=6)(*arguments), of_model(model, GATE))
     with pytest.raises(ValueError, match="do not run here: cpu"):
         forward(*arguments, kernels="triton")
