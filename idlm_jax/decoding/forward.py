@@ -5,9 +5,11 @@ layer is its four products, its attention, and one kernel in each gap between th
 """
 
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import cast
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from idlm_jax.backbone.layers import AdaptedLinear, FusedLinear, Linear, rope_tables
@@ -33,14 +35,17 @@ def forward(
 
     Every row sees the slots before its request's length and, inside the window, what the mask (row, key) allows.
     """
-    if choose(kernels, tokens, model.dtype, model.config.head_dim, _lacking(model)) == "xla":
+    dtype = cache[0][0].dtype
+    if choose(kernels, tokens, dtype, model.config.head_dim, partial(_lacking, model, dtype)) == "xla":
         return model(tokens, positions, cached_attention(length_B, mask_BWW, kernels), cache, adapter_from)
     from pallas_kernels.decode_layer import gpu  # needs the optional packages
 
     return forward_by(gpu, model, tokens, positions, length_B, mask_BWW, cache, adapter_from, kernels)
 
 
-def _lacking(model: Qwen3) -> str | None:
+def _lacking(model: Qwen3, dtype: jnp.dtype) -> str | None:
+    if model.dtype != dtype:
+        return f"a cache of {dtype} beside weights of {model.dtype}"
     if isinstance(model.layers, Block):
         return "stacked layers"
     layer = model.layers[0]

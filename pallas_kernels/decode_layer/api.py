@@ -5,6 +5,7 @@ There is no choice gap by gap: the kernels hand products and norms to each other
 
 import importlib.util
 import logging
+from collections.abc import Callable
 from functools import cache
 
 import jax
@@ -22,18 +23,22 @@ _log = logging.getLogger(__name__)
 
 
 def choose(
-    implementation: str, tokens_BW: Int[Array, "B W"], dtype: jnp.dtype, head_dim: int, lacking: str | None = None
+    implementation: str,
+    tokens_BW: Int[Array, "B W"],
+    dtype: jnp.dtype,
+    head_dim: int,
+    lacking: Callable[[], str | None],
 ) -> str:
     """``xla`` or ``triton`` for all layers that a window of tokens runs through, in ``dtype``.
 
-    ``lacking`` says why the model cannot run by kernels, if so. Raises ValueError for an unknown implementation, and
-    for ``triton`` where the kernels cannot run.
+    ``lacking`` says what of the model is not as the kernels need it, None if nothing. Raises ValueError for an unknown
+    implementation, and for ``triton`` where the kernels cannot run.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation '{implementation}' (one of {', '.join(IMPLEMENTATIONS)})")
     if implementation == "xla":
         return "xla"
-    reason = _obstacle() or lacking or _unsupported(tokens_BW, dtype, head_dim)
+    reason = _obstacle() or lacking() or _unsupported(tokens_BW, dtype, head_dim)
     if implementation == "auto":
         reason = reason or (None if pallas_kernels.BY_DEFAULT else "the kernels run when asked for")
         _announce("xla" if reason else "triton", reason)

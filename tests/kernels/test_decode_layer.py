@@ -193,7 +193,7 @@ def test_on_the_chip_kernels_at_the_size_of_qwen3_are_near_the_reference_and_rep
 
 
 def choose(implementation="auto", rows=7, dtype=jnp.bfloat16, head_dim=128, lacking=None):
-    return api.choose(implementation, jnp.zeros((2, rows), jnp.int32), dtype, head_dim, lacking)
+    return api.choose(implementation, jnp.zeros((2, rows), jnp.int32), dtype, head_dim, lambda: lacking)
 
 
 def test_without_hopper_auto_is_plain_jax_and_an_explicit_choice_is_refused(caplog):
