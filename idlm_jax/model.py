@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
+from idlm_jax.backbone.adapter import absorb
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.backbone.weights import fuse_projections
 from idlm_jax.checkpoint.open import load_params, open_source
@@ -19,6 +20,7 @@ from idlm_jax.decoding.config import DecodeConfig
 from idlm_jax.decoding.generate import DecodeStats, Decoding, Emission, SamplingParams, stats_from_history
 from idlm_jax.decoding.text import Piece, TextBuilder
 from idlm_jax.errors import UserError, did_you_mean
+from pallas_kernels.decode_layer.api import by_default
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -271,5 +273,8 @@ def load(
         raise UserError(f"{model}: its tokenizer ({type(tokenizer).__name__}) has no fast form (tokenizer.json)")
     params = fuse_projections(load_params(source, parse_dtype(dtype or default)))
     if loaded:
-        loaded = loaded.astype(params["embed_tokens"]["embedding"].dtype)
+        parameter_dtype = params["embed_tokens"]["embedding"].dtype
+        loaded = loaded.astype(parameter_dtype)
+        if by_default(parameter_dtype):
+            loaded = absorb(config, params, loaded)
     return LanguageModel(Qwen3(config, params, loaded), cast("PreTrainedTokenizerFast", tokenizer), loaded is not None)

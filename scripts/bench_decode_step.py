@@ -9,13 +9,20 @@ language-model head included, sampling left out: 1 row is AR, 2N - 1 rows the st
 floor is the larger of bytes over bandwidth and FLOPs over peak, both measured here: a large copy and a large bf16
 matrix product. Each step is timed inside one program of many steps that feed each other, so launches are queued as in
 decoding; the cache is donated and updated in place.
+
+``--kernels auto xla`` measures with and without kernels (``auto`` takes them wherever they can run, whatever the
+default is), ``--adapter-rank 0 128`` without and with a gated LoRA on all projections, which acts on the rows after the
+first ``--adapter-from``. The floor counts its matrices.
 """
 
 import json
+import re
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -25,10 +32,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+import pallas_kernels
+from idlm_jax.backbone.adapter import Adapter, AdapterConfig, absorb, adapter_shapes, init_adapter
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.backbone.weights import fuse_projections, init_params, parameter_count
 from idlm_jax.config import ModelConfig, load_yaml
-from idlm_jax.decoding.cache import Cache, bucket, cache_bytes, cached_attention, init_cache
+from idlm_jax.decoding.cache import Cache, bucket, cache_bytes, init_cache
+from idlm_jax.decoding.forward import forward
+from pallas_kernels.decode_layer.api import by_default
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,12 @@ class Settings:
     rows: tuple[int, ...] = (1, 7, 16)
     # Tokens already in the cache.
     context: tuple[int, ...] = (512,)
+    # "auto", "xla" or both.
+    kernels: tuple[str, ...] = ("auto",)
+    # Ranks of the gated LoRA; 0 is none.
+    adapter_rank: tuple[int, ...] = (0,)
+    # First window row on which it acts.
+    adapter_from: int = 4
     dtype: str = "bfloat16"
     # Steps a program runs, and how often it is timed.
     steps: int = 20
@@ -51,7 +68,7 @@ class Settings:
 
 
 def decode_steps(
-    model: Qwen3, cache: Cache, tokens: jax.Array, length: jax.Array, steps: int
+    model: Qwen3, cache: Cache, tokens: jax.Array, length: jax.Array, steps: int, adapter_from: int | None, kernels: str
 ) -> tuple[Cache, jax.Array]:
     """``steps`` forward passes over the same slots, each fed the argmax of the one before."""
     rows = tokens.shape[1]
@@ -60,10 +77,17 @@ def decode_steps(
 
     def body(_: int, carry: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:
         cache, tokens = carry
-        hidden, cache = model(tokens, positions, cached_attention(length, mask), cache)
+        hidden, cache = forward(model, tokens, positions, length, mask, cache, adapter_from, kernels)
         return cache, jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32)
 
     return jax.lax.fori_loop(0, steps, body, (cache, tokens))
+
+
+def launches(program: str) -> int:
+    """Kernels that one step launches: what the body of the (outermost) loop of a compiled program calls."""
+    body = re.search(rf"^%?{re.escape(re.findall(r'body=%?([\w.\-]+)', program)[-1])} \(.*?\n}}", program, re.M | re.S)
+    operation = r" (?:fusion|custom-call|copy|copy-start|scatter|sort|reduce|transpose|dynamic-update-slice|dot)\("
+    return 0 if body is None else len(re.findall(operation, body[0]))
 
 
 def median_seconds(call: partial, repeats: int) -> float:
@@ -91,49 +115,74 @@ def ceilings() -> tuple[float, float]:
     return 2 * x.nbytes / copy_seconds, 2 * side**3 / product_seconds
 
 
-def floor(config: ModelConfig, batch: int, rows: int, context: int, itemsize: int) -> tuple[float, float]:
+def floor(
+    config: ModelConfig, batch: int, rows: int, context: int, itemsize: int, adapter_parameters: int
+) -> tuple[float, float]:
     """Fewest bytes a step must move (weights and cache read once) and the FLOPs that it must do."""
     embedding = config.vocab_size * config.hidden_size
-    read = parameter_count(config) - (0 if config.tie_word_embeddings else embedding)
+    read = parameter_count(config) - (0 if config.tie_word_embeddings else embedding) + adapter_parameters
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * (context + rows)
     flops = batch * rows * (2 * read + attention)
     dtype = jnp.bfloat16 if itemsize == 2 else jnp.float32
     return read * itemsize + cache_bytes(config, batch, context + rows, dtype), flops
 
 
-def measure(model: Qwen3, batch: int, rows: int, context: int, settings: Settings) -> dict[str, float]:
-    """Compile and time one case; seconds."""
+def make_model(config: ModelConfig, dtype: jnp.dtype, rank: int) -> tuple[Qwen3, int]:
+    """A random model as ``idlm_jax.load`` would prepare it, and the number of parameters of its adapter."""
+    params = fuse_projections(init_params(config, jax.random.key(0), dtype))
+    if rank == 0:
+        return Qwen3(config, params), 0
+    settings = AdapterConfig(rank, 2 * rank)
+    adapter = init_adapter(config, settings, jax.random.key(1), dtype, b_scale=0.01)
+    if by_default(dtype):
+        adapter = absorb(config, params, adapter)
+    shapes = jax.tree.leaves(adapter_shapes(config, settings), is_leaf=lambda leaf: isinstance(leaf, tuple))
+    return Qwen3(config, params, Adapter(settings, adapter.params)), sum(a * b for a, b in shapes)
+
+
+def measure(
+    model: Qwen3, batch: int, rows: int, context: int, adapter_from: int | None, kernels: str, settings: Settings
+) -> dict[str, float]:
+    """Compile and time one case; seconds, and launches a step."""
     config, slots = model.config, bucket(context + rows)
     cache = init_cache(config, batch, slots, model.dtype)
     cache = jax.tree.map(lambda x: jax.random.normal(jax.random.key(2), x.shape, x.dtype), cache)
     tokens = jax.random.randint(jax.random.key(3), (batch, rows), 0, config.vocab_size)
     length = jnp.full((batch,), context)
-    jitted = jax.jit(decode_steps, static_argnames="steps", donate_argnames="cache")
+    jitted = jax.jit(decode_steps, static_argnames=("steps", "adapter_from", "kernels"), donate_argnames="cache")
     began = time.perf_counter()
-    compiled = jitted.lower(model, cache, tokens, length, settings.steps).compile()
+    compiled = jitted.lower(model, cache, tokens, length, settings.steps, adapter_from, kernels).compile()
     compile_seconds = time.perf_counter() - began
     times = []
     for _ in range(settings.repeats + 1):
         began = time.perf_counter()
         cache, tokens = jax.block_until_ready(compiled(model, cache, tokens, length))
         times.append((time.perf_counter() - began) / settings.steps)
-    return {"step": statistics.median(times[1:]), "compile": compile_seconds}
+    return {
+        "step": statistics.median(times[1:]),
+        "compile": compile_seconds,
+        "launches": launches(compiled.as_text()),
+    }
 
 
 def main(settings: Settings) -> None:
     """Measure every case and print a table."""
+    pallas_kernels.BY_DEFAULT = True
     config = ModelConfig.from_hf(load_yaml(settings.model), str(settings.model))
     dtype = jnp.dtype(settings.dtype)
     bandwidth, peak = ceilings()
-    model = Qwen3(config, fuse_projections(init_params(config, jax.random.key(0), dtype)))
     cases = []
-    for batch in settings.batch:
-        for context in settings.context:
-            for rows in settings.rows:
-                needed_bytes, flops = floor(config, batch, rows, context, dtype.itemsize)
-                case = measure(model, batch, rows, context, settings)
-                floors = {"byte_floor": needed_bytes / bandwidth, "flop_floor": flops / peak}
-                cases.append({"batch": batch, "rows": rows, "context": context, **case, **floors})
+    for rank in settings.adapter_rank:
+        model, adapter_parameters = make_model(config, dtype, rank)
+        given = product(settings.batch, settings.context, settings.rows, settings.kernels)
+        for batch, context, rows, kernels in given:
+            needed_bytes, flops = floor(config, batch, rows, context, dtype.itemsize, adapter_parameters)
+            case = measure(model, batch, rows, context, settings.adapter_from if rank else None, kernels, settings)
+            floors = {"byte_floor": needed_bytes / bandwidth, "flop_floor": flops / peak}
+            names = {"batch": batch, "rows": rows, "context": context, "rank": rank, "kernels": kernels}
+            cases.append({**names, **case, **floors})
+            print(cases[-1], file=sys.stderr, flush=True)
+        del model
     device = jax.devices()[0].device_kind
     head = {"device": device, "jax": jax.__version__, "bandwidth": bandwidth, "peak": peak, "dtype": dtype.name}
     if settings.json:
@@ -141,12 +190,13 @@ def main(settings: Settings) -> None:
         return
     title = f"{settings.model.stem}, {dtype.name}, {device}, jax {jax.__version__}"
     print(f"measured ceilings: copy {bandwidth / 1e12:.2f} TB/s, matrix product {peak / 1e12:.0f} TFLOP/s")
-    columns = ("batch", "rows", "context", "step ms", "byte floor ms", "FLOP floor ms", "step / floor", "compile s")
+    names = ("batch", "rows", "context", "rank", "kernels", "launches")
+    columns = (*names, "step ms", "byte floor ms", "FLOP floor ms", "step / floor", "compile s")
     table = Table(*columns, title=title)
     for case in cases:
         ratio = case["step"] / max(case["byte_floor"], case["flop_floor"])
         milliseconds = [f"{1e3 * case[key]:.2f}" for key in ("step", "byte_floor", "flop_floor")]
-        sizes = [str(case[key]) for key in ("batch", "rows", "context")]
+        sizes = [str(case[key]) for key in names]
         table.add_row(*sizes, *milliseconds, f"{ratio:.2f}", f"{case['compile']:.1f}")
     Console(width=110).print(table)
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from idlm_jax.backbone.weights import Weight, layer_weights
+from idlm_jax.backbone.weights import FUSED_PROJECTIONS, Params, Weight, layer_weights
 from idlm_jax.config import ModelConfig
 from idlm_jax.errors import UserError, did_you_mean
 
@@ -127,3 +127,37 @@ def init_adapter(
         else:
             arrays.append(b_scale * jax.random.normal(leaf_key, (rows, columns), dtype))
     return Adapter(adapter, jax.tree.unflatten(tree, arrays))
+
+
+# An absorbed rank is filled up with zeros to a multiple of this: rows of a product stay aligned, tensor cores full.
+_RANK_STEP = 16
+
+
+def absorb(config: ModelConfig, params: Params, adapter: Adapter) -> Adapter:
+    """Put the first matrices of an adapter beside the (fused, unstacked) kernels of the same input.
+
+    The products of a decode step then begin the adapter as well, which costs the bytes of those matrices and no launch.
+    The kernels in ``params`` are replaced, one layer after the other; the adapter that is returned goes with them and
+    holds the second matrices alone, side by side as the columns of the kernels, zero for projections without adapter.
+    """
+    groups = [*FUSED_PROJECTIONS, ("self_attn", "o_proj", ("o_proj",)), ("mlp", "down_proj", ("down_proj",))]
+    columns = {weight.path.split(".")[-2]: weight.shape[-1] for weight in layer_weights(config, 0)}
+    padding = -adapter.config.rank % _RANK_STEP
+    layers = []
+    for layer, lora in zip(params["layers"], adapter.params["layers"], strict=True):
+        second: dict[str, dict] = {}
+        for module, name, parts in groups:
+            given = [lora.get(module, {}).get(part) for part in parts]
+            if not any(given):
+                continue
+            some = next(filter(None, given))
+            zero = [jnp.zeros((len(some["b"]), columns[part]), some["b"].dtype) for part in parts]
+            a = [jnp.zeros_like(some["a"]) if one is None else one["a"] for one in given]
+            b = [zero[i] if one is None else one["b"] for i, one in enumerate(given)]
+            a = [jnp.pad(matrix, ((0, 0), (0, padding))) for matrix in a]
+            weights = layer[module][name]
+            layer[module][name] = {**weights, "kernel": jnp.concatenate([weights["kernel"], *a], axis=1)}
+            b_side_by_side = jnp.pad(jnp.concatenate(b, axis=1), ((0, padding), (0, 0)))
+            second.setdefault(module, {})[name] = {"b": b_side_by_side}
+        layers.append(second)
+    return Adapter(adapter.config, {**adapter.params, "layers": layers})

@@ -121,6 +121,42 @@ class FusedLinear(nnx.Module):
         ]
 
 
+class AdaptedLinear(nnx.Module):
+    """One or several Linears of the same input as one product that begins their adapters too (``adapter.absorb``).
+
+    After the columns of all Linears follow those of each adapter's first matrix.
+    """
+
+    def __init__(self, params: dict, widths: Sequence[int], lora: dict, lora_scale: float):
+        self.kernel = nnx.Param(params["kernel"])
+        self.bias = nnx.Param(params["bias"]) if "bias" in params else None
+        # The second matrices side by side.
+        self.b = nnx.LoRAParam(lora["b"])
+        self.lora_scale = lora_scale
+        self.widths = tuple(widths)
+
+    def __call__(self, x: Float[Array, "B L I"], adapter_from: int | None = None) -> Float[Array, "B L O"]:
+        """The outputs side by side; rows ``adapter_from`` and later also get the adapters, ``None`` leaves them out."""
+        ends = list(itertools.accumulate(self.widths))
+        y, shrunk = jnp.split(matmul(x, self.kernel[...]), [ends[-1]], axis=-1)
+        if self.bias is not None:
+            y = y + self.bias[...]
+        if adapter_from is None or adapter_from >= x.shape[1]:
+            return y
+        halves = zip(
+            jnp.split(shrunk[:, adapter_from:], len(ends), axis=-1),
+            jnp.split(self.b[...], ends[:-1], axis=-1),
+            strict=True,
+        )
+        delta = jnp.concatenate([matmul(part, b) for part, b in halves], axis=-1)
+        adapted = y[:, adapter_from:] + (self.lora_scale * delta).astype(y.dtype)
+        return jnp.concatenate([y[:, :adapter_from], adapted], axis=1)
+
+    def apart(self, y: Float[Array, "B L O"]) -> list[Float[Array, "B L O"]]:
+        """The output of every Linear."""
+        return jnp.split(y, list(itertools.accumulate(self.widths))[:-1], axis=-1)
+
+
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
     """Inverse frequencies [head_dim / 2] float32 and the factor on cos and sin, as transformers computes them."""
     inverse = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)

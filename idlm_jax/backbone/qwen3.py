@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from idlm_jax.backbone.adapter import Adapter
 from idlm_jax.backbone.layers import (
+    AdaptedLinear,
     FusedLinear,
     Linear,
     RMSNorm,
@@ -75,21 +76,32 @@ class Remat(enum.Enum):
         return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
+Projections = FusedLinear | AdaptedLinear | nnx.List[Linear]
+
+
 def _projections(
     params: Params, fused: str, parts: Sequence[str], widths: Sequence[int], lora: dict, lora_scale: float
-) -> "FusedLinear | nnx.List[Linear]":
+) -> Projections:
     """The projections of one input, as one kernel where the parameters hold them fused."""
+    if fused in lora:
+        return AdaptedLinear(params[fused], widths, lora[fused], lora_scale)
     if fused in params:
         return FusedLinear(params[fused], widths, [lora.get(part) for part in parts], lora_scale)
     return nnx.List([Linear(params[part], lora.get(part), lora_scale) for part in parts])
 
 
-def _project(
-    projections: "FusedLinear | nnx.List[Linear]", x: Float[Array, "B L I"], adapter_from: int | None
-) -> list[Float[Array, "B L O"]]:
+def _project(projections: Projections, x: Float[Array, "B L I"], adapter_from: int | None) -> list[Array]:
+    if isinstance(projections, AdaptedLinear):
+        return projections.apart(projections(x, adapter_from))
     if isinstance(projections, FusedLinear):
         return projections(x, adapter_from)
     return [linear(x, adapter_from) for linear in projections]
+
+
+def _projection(params: Params, lora: dict | None, lora_scale: float, width: int) -> Linear | AdaptedLinear:
+    if lora is not None and "a" not in lora:
+        return AdaptedLinear(params, (width,), lora, lora_scale)
+    return Linear(params, lora, lora_scale)
 
 
 class Attention(nnx.Module):
@@ -99,7 +111,7 @@ class Attention(nnx.Module):
         self.head_dim = config.head_dim
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.qkv_proj = _projections(params, "qkv_proj", QKV, (q_size, kv_size, kv_size), lora, lora_scale)
-        self.o_proj = Linear(params["o_proj"], lora.get("o_proj"), lora_scale)
+        self.o_proj = _projection(params["o_proj"], lora.get("o_proj"), lora_scale, config.hidden_size)
         self.q_norm = RMSNorm(params["q_norm"], config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(params["k_norm"], config.rms_norm_eps) if config.qk_norm else None
 
@@ -139,7 +151,7 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, params: Params, lora: dict, lora_scale: float):
         widths = (config.intermediate_size,) * 2
         self.gate_up_proj = _projections(params, "gate_up_proj", GATE_UP, widths, lora, lora_scale)
-        self.down_proj = Linear(params["down_proj"], lora.get("down_proj"), lora_scale)
+        self.down_proj = _projection(params["down_proj"], lora.get("down_proj"), lora_scale, config.hidden_size)
 
     def __call__(self, x: Float[Array, "B L D"], adapter_from: int | None) -> Float[Array, "B L D"]:
         """Apply the three projections."""
@@ -207,7 +219,7 @@ class Qwen3(nnx.Module):
         ``states`` has one entry a layer (unstacked), one tree with a leading layer axis (stacked), or is None where
         ``attend`` carries nothing. Rows from ``adapter_from`` on run with the adapter; ``None`` runs the base alone.
         """
-        x = self._embed(tokens, adapter_from)
+        x = self.embed(tokens, adapter_from)
         rope = rope_tables(self.config.rope, self.config.head_dim, positions)
         if isinstance(self.layers, Block):
 
@@ -223,16 +235,8 @@ class Qwen3(nnx.Module):
             states = tuple(new_states)
         return self.norm(x), states
 
-    def head(self) -> Float[Array, "V D"]:
-        """The matrix whose rows are multiplied with a hidden state to give the logits."""
-        return self.embedding[...] if self.lm_head is None else self.lm_head[...].T
-
-    def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-        """Next-token logits in float32: products in the model's dtype, sums in float32."""
-        precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-        return jnp.matmul(hidden, self.head().T, precision=precision, preferred_element_type=jnp.float32)
-
-    def _embed(self, tokens: Int[Array, "B L"], adapter_from: int | None) -> Float[Array, "B L D"]:
+    def embed(self, tokens: Int[Array, "B L"], adapter_from: int | None) -> Float[Array, "B L D"]:
+        """Embeddings of the tokens; from row ``adapter_from`` on, mask tokens have the adapter's."""
         axes, table = split_axes(tokens), self.embedding[...]
         if axes is not None:
             # Whole rows first: looking up slices of rows would leave every token's embedding spread over devices.
@@ -253,6 +257,15 @@ class Qwen3(nnx.Module):
         x = table.at[others].get(mode="fill", fill_value=0, out_sharding=sharding)
         mask = table.at[mask_token_id].get(out_sharding=None if axes is None else PartitionSpec(None))
         return jnp.where(is_mask[:, :, None], mask, x)
+
+    def head(self) -> Float[Array, "V D"]:
+        """The matrix whose rows are multiplied with a hidden state to give the logits."""
+        return self.embedding[...] if self.lm_head is None else self.lm_head[...].T
+
+    def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """Next-token logits in float32: products in the model's dtype, sums in float32."""
+        precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
+        return jnp.matmul(hidden, self.head().T, precision=precision, preferred_element_type=jnp.float32)
 
 
 def causal_logits(model: Qwen3, tokens: Int[Array, "B L"], adapter_from: int | None = None) -> Float[Array, "B L V"]:

@@ -7,7 +7,7 @@ A round reads every slot, used or not. A batch whose requests differ in length m
 *pools* of consecutive requests with as many slots each as they need.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import batched
 
 import jax
@@ -67,20 +67,34 @@ def write_rows(
     return jax.vmap(store)(cache, rows_BKWd, length_B)
 
 
+def over_pools(
+    attend: Callable[[slice, Array, Array], tuple[Array, Array, Array]], state: LayerCache
+) -> tuple[Float[Array, "B W H d"], LayerCache]:
+    """Attention of one layer: ``attend`` sees the requests of a pool, their keys and their values.
+
+    It returns the output of these requests and the new keys and values.
+    """
+    outputs, stored, first = [], [], 0
+    for keys, values in batched(state, 2):
+        pool = slice(first, first + keys.shape[0])
+        first = pool.stop
+        out, keys, values = attend(pool, keys, values)
+        outputs.append(out)
+        stored += [keys, values]
+    return jnp.concatenate(outputs), tuple(stored)
+
+
 def cached_attention(
     length_B: Int[Array, " B"], mask_BWW: Bool[Array, "B W W"], implementation: str = "auto"
 ) -> Attend:
     """Attention of a window over a cache: store the window's keys and values, then attend to prefix and window."""
 
     def attend(q: Array, k: Array, v: Array, state: LayerCache) -> tuple[Array, LayerCache]:
-        outputs, stored, first = [], [], 0
-        for keys, values in batched(state, 2):
-            pool = slice(first, first + keys.shape[0])
-            first = pool.stop
+        def attend_pool(pool: slice, keys: Array, values: Array) -> tuple[Array, Array, Array]:
             keys, values = (write_rows(old, new[pool], length_B[pool]) for old, new in ((keys, k), (values, v)))
             out = window_attention(q[pool], keys, values, length_B[pool], mask_BWW[pool], implementation=implementation)
-            outputs.append(out)
-            stored += [keys, values]
-        return jnp.concatenate(outputs), tuple(stored)
+            return out, keys, values
+
+        return over_pools(attend_pool, state)
 
     return attend

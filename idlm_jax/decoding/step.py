@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from idlm_jax.backbone.qwen3 import Qwen3
-from idlm_jax.decoding.cache import Cache, cached_attention
+from idlm_jax.decoding.cache import Cache
+from idlm_jax.decoding.forward import forward
 from idlm_jax.decoding.sampling import Coupling, Drafts, Filters
 from idlm_jax.decoding.window import Layout, build_window, window_rows
 from pallas_kernels.verify.api import draft, verify
@@ -70,12 +71,15 @@ def decode_round(model: Qwen3, state: DecodeState, policy: Policy) -> DecodeStat
     window = build_window(
         policy.layout, stride, mask_token_id or 0, state.length, state.pending, state.drafts.tokens, state.warm
     )
-    hidden, cache = model(
+    hidden, cache = forward(
+        model,
         window.tokens,
         window.positions,
-        cached_attention(state.length, window.mask, policy.kernels),
+        state.length,
+        window.mask,
         state.cache,
         policy.adapter_from,
+        policy.kernels,
     )
     logits = model.logits(hidden)
     positions = state.emitted[:, None] + jnp.arange(stride)
@@ -191,4 +195,4 @@ def prefill_chunk(
     start_B = jnp.full((batch,), start)
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool)), (batch, rows, rows))
     positions = start_B[:, None] + jnp.arange(rows)
-    return model(tokens, positions, cached_attention(start_B, causal, kernels), cache, adapter_from)[1]
+    return forward(model, tokens, positions, start_B, causal, cache, adapter_from, kernels)[1]

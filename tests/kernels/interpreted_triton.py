@@ -2,6 +2,7 @@
 
 from types import ModuleType, SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ class _Tensor:
 
 def _poison(shape):
     dtype = np.dtype(shape.dtype)
-    return np.full(shape.shape, np.nan if dtype.kind == "f" else np.iinfo(dtype).max, dtype)
+    return np.full(shape.shape, np.nan if jnp.issubdtype(dtype, jnp.floating) else np.iinfo(dtype).max, dtype)
 
 
 def interpret(monkeypatch: pytest.MonkeyPatch, launcher: ModuleType, kernels: ModuleType) -> None:
@@ -65,13 +66,17 @@ def interpret(monkeypatch: pytest.MonkeyPatch, launcher: ModuleType, kernels: Mo
     def log1p(x):
         return core.tensor(TensorHandle(np.log1p(x.handle.data), x.handle.dtype), x.type)
 
-    monkeypatch.setattr(kernels, "libdevice", SimpleNamespace(log1p=log1p))
+    if hasattr(kernels, "libdevice"):
+        monkeypatch.setattr(kernels, "libdevice", SimpleNamespace(log1p=log1p))
 
-    def triton_call(*arguments, kernel, out_shape, grid, num_warps, **constants):
-        outputs = [_poison(shape) for shape in out_shape]
+    def triton_call(*arguments, kernel, out_shape, grid, num_warps, input_output_aliases=None, **constants):
+        shapes, tree = jax.tree.flatten(out_shape)
+        outputs = [_poison(shape) for shape in shapes]
         inputs = [np.array(argument, order="C") for argument in arguments]
+        for source, target in (input_output_aliases or {}).items():
+            outputs[target] = inputs[source]
         with np.errstate(all="ignore"):
             kernel[grid](*map(_Tensor, [*inputs, *outputs]), **constants)
-        return [jnp.asarray(output) for output in outputs]
+        return jax.tree.unflatten(tree, [jnp.asarray(output) for output in outputs])
 
     monkeypatch.setattr(launcher.jax_triton, "triton_call", triton_call)

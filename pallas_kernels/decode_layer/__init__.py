@@ -1,0 +1,1 @@
+"""What a decode step does between the matrix products of a layer."""

@@ -1,0 +1,137 @@
+"""Between the products of a decode layer on NVIDIA GPUs: one Triton kernel for each of the three gaps.
+
+At a few rows a step waits for launches, not for bytes. Each kernel here is all that runs between two products, with a
+gated LoRA or without; the caches are written where they are.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax_triton
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.decode_layer import triton_kernels
+from pallas_kernels.decode_layer.product import Normed, Product
+from pallas_kernels.decode_layer.reference import TILE
+from pallas_kernels.triton_graphs import use_typed_calls
+
+use_typed_calls()
+
+# Rows of a tile: the fewest that the tensor cores take. Where there are many, a LoRA takes more, so that its second
+# matrix is not read again for every few rows.
+_ROWS, _MANY_ROWS = 16, 64
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _operands(product: Product) -> tuple[Array, Array, Array, Array]:
+    """What every kernel reads of a product; the summands stand for what it lacks, which is not read."""
+    parts, expand = product.parts_SBWC, product.expand
+    bias, squares = product.bias_N, product.squares_BWT
+    b = parts if expand is None else expand.b_RN
+    return parts, parts if bias is None else bias, parts if squares is None else squares, b
+
+
+def _constants(product: Product) -> dict[str, Any]:
+    splits, batch, rows, columns = product.parts_SBWC.shape
+    expand, squares = product.expand, product.squares_BWT
+    tiles = 0 if squares is None else squares.shape[-1]
+    rank = 0 if expand is None else len(expand.b_RN)
+    many = rank > 0 and batch * rows > _MANY_ROWS
+    return {
+        "R": batch * rows,
+        "W": rows,
+        "C": columns,
+        "N": product.columns,
+        "SPLITS": splits,
+        "BIAS": product.bias_N is not None,
+        "T": tiles,
+        "TILES": _power_of_two(max(tiles, 1)),
+        "INPUTS": product.inputs,
+        "EPSILON": product.epsilon,
+        "RANK": rank,
+        "RANKS": max(_ROWS, _power_of_two(max(rank, 1))),
+        "LORA_SCALE": 1.0 if expand is None else expand.scale,
+        "FIRST_ROW": 0 if expand is None else expand.first_row,
+        "ROWS": _MANY_ROWS if many else _ROWS,
+        "num_warps": 8 if many else 4,
+    }
+
+
+def add(
+    x_BWD: Float[Array, "B W D"], product: Product, scale_D: Float[Array, " D"]
+) -> tuple[Float[Array, "B W D"], Normed]:
+    """As ``reference.add``."""
+    constants = _constants(product)
+    tiles = math.ceil(product.columns / TILE)
+    parts, bias, squares, b = _operands(product)
+    like_x = jax.ShapeDtypeStruct(x_BWD.shape, x_BWD.dtype)
+    x, scaled, squares_BWT = jax_triton.triton_call(
+        x_BWD,
+        scale_D,
+        parts,
+        bias,
+        squares,
+        b,
+        kernel=triton_kernels.add_rows,
+        out_shape=[like_x, like_x, jax.ShapeDtypeStruct((*x_BWD.shape[:2], tiles), jnp.float32)],
+        grid=(math.ceil(constants["R"] / constants["ROWS"]), tiles),
+        TILE=TILE,
+        **constants,
+    )
+    return x, Normed(scaled, squares_BWT)
+
+
+def gated(product: Product, dtype: jnp.dtype) -> Float[Array, "B W F"]:
+    """As ``reference.gated``."""
+    constants, width = _constants(product), product.columns // 2
+    tile = 2 * TILE if constants["ROWS"] == _MANY_ROWS else TILE
+    return jax_triton.triton_call(
+        *_operands(product),
+        kernel=triton_kernels.gate_rows,
+        out_shape=jax.ShapeDtypeStruct((*product.parts_SBWC.shape[1:3], width), dtype),
+        grid=(math.ceil(constants["R"] / constants["ROWS"]), math.ceil(width / tile)),
+        TILE=tile,
+        **constants,
+    )
+
+
+def rotate_and_store(
+    product: Product,
+    scales: tuple[Float[Array, " d"], Float[Array, " d"]] | None,
+    tables: tuple[Float[Array, "B W half"], Float[Array, "B W half"]],
+    k_PKSd: Float[Array, "P K S d"],
+    v_PKSd: Float[Array, "P K S d"],
+    length_B: Int[Array, " B"],
+    first: int = 0,
+) -> tuple[Float[Array, "P W H d"], Float[Array, "P K S d"], Float[Array, "P K S d"]]:
+    """As ``reference.rotate_and_store``, with the caches written in place."""
+    constants = _constants(product)
+    requests, heads, slots, head_dim = k_PKSd.shape
+    rows = constants["W"]
+    query_heads = product.columns // head_dim - 2 * heads
+    operands = (*_operands(product), *((product.parts_SBWC,) * 2 if scales is None else scales), *tables, length_B)
+    cache = jax.ShapeDtypeStruct(k_PKSd.shape, k_PKSd.dtype)
+    return tuple(
+        jax_triton.triton_call(
+            *operands,
+            k_PKSd,
+            v_PKSd,
+            kernel=triton_kernels.rotate_rows,
+            out_shape=[jax.ShapeDtypeStruct((requests, rows, query_heads, head_dim), k_PKSd.dtype), cache, cache],
+            grid=(math.ceil(requests * rows / constants["ROWS"]), query_heads + 2 * heads),
+            input_output_aliases={len(operands): 1, len(operands) + 1: 2},
+            FIRST=first,
+            POOL=requests,
+            H=query_heads,
+            K=heads,
+            S=slots,
+            HALF=head_dim // 2,
+            NORM=scales is not None,
+            **constants,
+        )
+    )

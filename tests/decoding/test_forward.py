@@ -1,0 +1,132 @@
+"""The forward pass by few launches: with the reference operations it is the model's own, summed in another order."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from idlm_jax.backbone.adapter import TARGET_MODULES, Adapter, AdapterConfig, absorb, init_adapter
+from idlm_jax.backbone.qwen3 import Qwen3
+from idlm_jax.backbone.weights import Params, abstract_params, fuse_projections
+from idlm_jax.config import ModelConfig
+from idlm_jax.decoding.cache import cached_attention, init_pools
+from idlm_jax.decoding.forward import forward, forward_by
+from pallas_kernels.decode_layer import product, reference
+from tests.decoding.support import tiny_config
+from tests.support import relative_error
+
+FAMILIES = {
+    "qwen3": tiny_config(),
+    "llama": tiny_config(model_type="llama"),
+    "qwen2": tiny_config(model_type="qwen2"),
+}
+POOLS = [(2, 48), (3, 32)]
+ROWS, GATE = 5, 2
+LENGTHS = jnp.array([7, 43, 0, 27, 12])
+
+
+@cache
+def _params(config: ModelConfig) -> Params:
+    shapes, tree = jax.tree.flatten(abstract_params(config, jnp.float32))
+    generator = np.random.default_rng(0)
+    leaves = [0.3 * generator.normal(size=leaf.shape) + (leaf.ndim == 1) for leaf in shapes]
+    return fuse_projections(jax.tree.unflatten(tree, map(jnp.float32, leaves)))
+
+
+def params_of(config: ModelConfig) -> Params:
+    """Random fused parameters, also of norms and biases; the lists and dicts are the caller's own."""
+    return jax.tree.map(lambda leaf: leaf, _params(config))
+
+
+def adapter_of(config: ModelConfig, targets: tuple[str, ...] = tuple(TARGET_MODULES)) -> Adapter:
+    settings = AdapterConfig(rank=6, alpha=12, target_modules=targets)
+    adapter = init_adapter(config, settings, jax.random.key(2), jnp.float32, b_scale=0.3)
+    return Adapter(settings, {**adapter.params, "mask_embedding": jnp.ones(config.hidden_size)})
+
+
+def window(config: ModelConfig) -> tuple:
+    """Arguments of ``forward`` after the model, without cache."""
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (len(LENGTHS), ROWS))
+    tokens[:, GATE:] = config.mask_token_id
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((ROWS, ROWS), bool)), (len(LENGTHS), ROWS, ROWS))
+    return jnp.asarray(tokens), LENGTHS[:, None] + jnp.arange(ROWS), LENGTHS, mask
+
+
+def cache_of(model: Qwen3) -> tuple:
+    """Full of numbers that bfloat16 holds exactly."""
+    generator = np.random.default_rng(2)
+    empty = init_pools(model.config, POOLS, model.dtype)
+    return jax.tree.map(lambda x: jnp.asarray(generator.normal(size=x.shape), jnp.bfloat16).astype(x.dtype), empty)
+
+
+@partial(jax.jit, static_argnums=1)
+def of_model(model: Qwen3, gate: int | None) -> tuple:
+    tokens, positions, length, mask = window(model.config)
+    return model(tokens, positions, cached_attention(length, mask), cache_of(model), gate)
+
+
+@partial(jax.jit, static_argnums=1)
+def of_operations(model: Qwen3, gate: int | None) -> tuple:
+    return forward_by(reference, model, *window(model.config), cache_of(model), gate, "xla")
+
+
+def assert_same(ours: tuple, wanted: tuple) -> None:
+    for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
+        assert relative_error(np.asarray(got), np.asarray(want)) < 2e-5
+
+
+ALL, SOME = tuple(TARGET_MODULES), ("q_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "gate", "splits"),
+    [("qwen3", ALL, GATE, 4), ("qwen2", SOME, 0, 2), ("llama", ALL, None, 1), ("llama", (), None, 4)],
+)
+def test_forward_by_operations_equals_the_model(
+    family: str, targets: tuple[str, ...], gate: int | None, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(product, "splits_of", lambda *_: splits)
+    config = FAMILIES[family]
+    adapter, params = adapter_of(config, targets), params_of(config)
+    wanted = of_model(Qwen3(config, params_of(config), adapter), gate)
+    absorbed = Qwen3(config, params, absorb(config, params, adapter))
+    assert_same(of_operations(absorbed, gate), wanted)
+    if targets:
+        assert_same(of_model(absorbed, gate), wanted)
+
+
+def test_in_bfloat16_it_is_no_farther_from_float32_than_the_model() -> None:
+    config = FAMILIES["qwen3"]
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params_of(config))
+    adapter = adapter_of(config).astype(jnp.bfloat16)
+    in_float32 = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    exact = of_model(Qwen3(config, in_float32, adapter.astype(jnp.float32)), GATE)[0]
+
+    def error(hidden: jax.Array) -> float:
+        return float(jnp.sqrt(jnp.mean(jnp.square(hidden.astype(jnp.float32) - exact))))
+
+    plain = error(of_model(Qwen3(config, params, adapter), GATE)[0])
+    absorbed = Qwen3(config, params, absorb(config, params, adapter))
+    assert 0 < error(of_operations(absorbed, GATE)[0]) <= plain
+
+
+def test_rows_before_the_gate_are_the_same_bit_for_bit_whatever_the_adapter() -> None:
+    config = FAMILIES["qwen3"]
+    outputs = []
+    for factor in (0.0, 5.0):
+        adapter, params = adapter_of(config), params_of(config)
+        absorbed = absorb(config, params, adapter).params["layers"]
+        adapter = Adapter(adapter.config, {"layers": jax.tree.map(partial(jnp.multiply, factor), absorbed)})
+        outputs.append(of_operations(Qwen3(config, params, adapter), GATE)[0])
+    np.testing.assert_array_equal(outputs[0][:, :GATE], outputs[1][:, :GATE])
+    assert not np.array_equal(outputs[0][:, GATE:], outputs[1][:, GATE:])
+
+
+def test_without_a_gpu_the_model_itself_runs_and_kernels_that_are_asked_for_are_refused() -> None:
+    model = Qwen3(FAMILIES["qwen3"], params_of(FAMILIES["qwen3"]))
+    arguments = model, *window(model.config), cache_of(model), GATE
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(forward, static_argnums=6)(*arguments), of_model(model, GATE))
+    with pytest.raises(ValueError, match="do not run here: cpu"):
+        forward(*arguments, kernels="triton")
