@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
@@ -23,6 +24,7 @@ from pallas_kernels.work_list import FIRST, LAST, PARTIAL, WorkList, work_list
 
 # Rows that share their own keys; the number of lanes, so that blocks are cut free of cost.
 _BLOCK = 128
+_ROW_MAJOR = Layout(major_to_minor=(0, 1, 2, 3))
 # A score that counts for nothing, finite so that no difference of scores is NaN.
 _HIDDEN = -1e30
 _LOG2E = float(np.log2(np.e))
@@ -85,6 +87,9 @@ def range_attention(
         raise ValueError(f"range attention by the TPU kernels: {reason}")
     if group is not None and rows % group_size:
         raise ValueError(f"{rows} rows are not whole groups of {group_size} rows")
+    # Else XLA may lay queries out with rows last, up to the product that makes them, and libtpu 0.0.48 aborts on that
+    # product when it compiles a training step of Qwen3-8B for one v6e.
+    q_BRHd, k_BLKd, v_BLKd = (with_layout_constraint(array, _ROW_MAJOR) for array in (q_BRHd, k_BLKd, v_BLKd))
     heads_of_kv = heads // kv_heads
     real = _BLOCK if group is None else _BLOCK // group_size * group_size
     blocks = max(1, min(tiles.packed_rows // (heads_of_kv * _BLOCK), -(-rows // real)))
