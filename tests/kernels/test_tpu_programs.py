@@ -111,10 +111,10 @@ def test_a_training_step_has_the_kernels_of_both_streams(name, size, mesh_shape)
 @pytest.mark.parametrize("name", CHIPS)
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_verification_in_plain_jax_compiles(name, coupling):
-    policy, batch = DecodeConfig(stride=4, coupling=coupling).policy(), 64
+    policy, batch, shapes = DecodeConfig(stride=4, coupling=coupling).policy(), 64, partial(placed, chip(name))
     of_model = SimpleNamespace(config=CONFIG.replace(num_hidden_layers=1), dtype=BF16)
-    state = placed(chip(name), lambda: idle_state(of_model, policy, [(batch, 32)], 32, 2))
-    logits = placed(chip(name), lambda: jnp.zeros((batch, 7, CONFIG.vocab_size)))
+    state = shapes(lambda: idle_state(of_model, policy, [(batch, 32)], 32, 2))
+    logits = shapes(lambda: jnp.zeros((batch, 7, CONFIG.vocab_size)))
 
     def both(logits, state):
         positions = state.emitted[:, None] + jnp.arange(4)
