@@ -114,17 +114,17 @@ def test_what_the_kernel_cannot_do_is_refused(change, message):
     ],
 )
 def test_compiles_for_the_chip_and_copies_no_cache(name, batch, window, heads, kv_heads, slots, head_dim, page, dtype):
-    sharding = chip(name)
+    with chip(name) as sharding:
 
-    def shape(*sizes, dtype=dtype):
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+        def shape(*sizes, dtype=dtype):
+            return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
 
-    q, prefix = shape(batch, window, heads, head_dim), shape(batch, dtype=jnp.int32)
-    mask, table = shape(batch, window, window, dtype=bool), shape(batch, slots // page, dtype=jnp.int32)
-    cache, pages = shape(batch, kv_heads, slots, head_dim), shape(batch * slots // page, kv_heads, page, head_dim)
-    for attend, *arguments in (
-        (tpu.window_attention, q, cache, cache, prefix, mask),
-        (tpu.paged_window_attention, q, pages, pages, table, prefix, mask),
-    ):
-        compiled = jax.jit(attend).lower(*arguments).compile()
-        assert compiled.memory_analysis().temp_size_in_bytes < 2**20
+        q, prefix = shape(batch, window, heads, head_dim), shape(batch, dtype=jnp.int32)
+        mask, table = shape(batch, window, window, dtype=bool), shape(batch, slots // page, dtype=jnp.int32)
+        cache, pages = shape(batch, kv_heads, slots, head_dim), shape(batch * slots // page, kv_heads, page, head_dim)
+        for attend, *arguments in (
+            (tpu.window_attention, q, cache, cache, prefix, mask),
+            (tpu.paged_window_attention, q, pages, pages, table, prefix, mask),
+        ):
+            compiled = jax.jit(attend).lower(*arguments).compile()
+            assert compiled.memory_analysis().temp_size_in_bytes < 2**20

@@ -202,11 +202,12 @@ def test_what_the_kernels_cannot_do_is_refused(change, message):
     ],
 )
 def test_compiles_for_the_chip(name, shape):
-    for what, kernels, program in programs(*shape, sharding=chip(name)):
-        compiled = program.lower().compile()
-        # With frozen keys, the kernel of their gradients is gone.
-        assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == kernels, what
-        # Nothing but outputs and what the backward pass keeps: no scores, no keys repeated for every head.
-        batch, rows, _, heads, _, head_dim, _, dtype = shape
-        rows_of_heads = batch * rows * heads * max(head_dim, 128) * jnp.dtype(dtype).itemsize
-        assert compiled.memory_analysis().temp_size_in_bytes < 4 * rows_of_heads, what
+    with chip(name) as sharding:
+        for what, kernels, program in programs(*shape, sharding=sharding):
+            compiled = program.lower().compile()
+            # With frozen keys, the kernel of their gradients is gone.
+            assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == kernels, what
+            # Nothing but outputs and what the backward pass keeps: no scores, no keys repeated for every head.
+            batch, rows, _, heads, _, head_dim, _, dtype = shape
+            rows_of_heads = batch * rows * heads * max(head_dim, 128) * jnp.dtype(dtype).itemsize
+            assert compiled.memory_analysis().temp_size_in_bytes < 4 * rows_of_heads, what

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import pallas_kernels
 from idlm_jax.backbone.adapter import Adapter, AdapterConfig, init_adapter
@@ -30,7 +30,7 @@ from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
 from pallas_kernels.linear_cross_entropy.reference import ROW_LOSSES, SOFT_LOSSES
 from pallas_kernels.verify.api import draft, verify
 from pallas_kernels.verify.reference import COUPLINGS
-from tests.kernels.tpu import CHIPS, chip, chips, needs_libtpu
+from tests.kernels.tpu import CHIPS, chips, needs_libtpu
 
 pytestmark = [pytest.mark.aot, needs_libtpu]
 
@@ -44,6 +44,10 @@ BF16 = jnp.bfloat16
 def on_a_tpu(monkeypatch):
     monkeypatch.setattr(dispatch, "device", lambda: "tpu")
     monkeypatch.setattr(pallas_kernels, "BY_DEFAULT", True)
+
+
+def one_chip(name):
+    return SingleDeviceSharding(chips(name)[0])
 
 
 def placed(sharding, make):
@@ -65,7 +69,7 @@ def test_a_round_of_decoding_has_one_kernel_a_layer(name):
     def round_of(params, adapter, state):
         return decode_round(Qwen3(CONFIG, params, Adapter(ADAPTER, adapter)), state, policy)
 
-    key, shapes = jax.random.key(0), partial(placed, chip(name))
+    key, shapes = jax.random.key(0), partial(placed, one_chip(name))
     params = shapes(lambda: fuse_projections(init_params(CONFIG, key, BF16)))
     adapter = shapes(lambda: init_adapter(CONFIG, ADAPTER, key, BF16).params)
     of_model = SimpleNamespace(config=CONFIG, dtype=BF16)
@@ -111,7 +115,7 @@ def test_a_training_step_has_the_kernels_of_both_streams(name, size, mesh_shape)
 @pytest.mark.parametrize("name", CHIPS)
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_verification_in_plain_jax_compiles(name, coupling):
-    policy, batch, shapes = DecodeConfig(stride=4, coupling=coupling).policy(), 64, partial(placed, chip(name))
+    policy, batch, shapes = DecodeConfig(stride=4, coupling=coupling).policy(), 64, partial(placed, one_chip(name))
     of_model = SimpleNamespace(config=CONFIG.replace(num_hidden_layers=1), dtype=BF16)
     state = shapes(lambda: idle_state(of_model, policy, [(batch, 32)], 32, 2))
     logits = shapes(lambda: jnp.zeros((batch, 7, CONFIG.vocab_size)))
@@ -135,7 +139,7 @@ def test_losses_of_16k_rows_compile(name, loss):
     def shape(dtype, *sizes):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
 
-    sharding, rows = chip(name), (4, 4096)
+    sharding, rows = one_chip(name), (4, 4096)
     hidden, head = shape(BF16, *rows, CONFIG.hidden_size), shape(BF16, CONFIG.vocab_size, CONFIG.hidden_size)
     given = (
         hidden,

@@ -1,14 +1,15 @@
 """What the tests of TPU kernels share: running them on a CPU, and compiling them for chips that are not there."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import jax
 import pytest
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
 CHIPS = ("v5e", "v6e")
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed")
@@ -31,6 +32,12 @@ def chips(name: str, size: str = "1x1") -> list[jax.Device]:
     return topology.devices
 
 
-def chip(name: str) -> SingleDeviceSharding:
-    """Arguments with this sharding are compiled for one chip of that kind."""
-    return SingleDeviceSharding(chips(name)[0])
+@contextmanager
+def chip(name: str) -> Iterator[SingleDeviceSharding]:
+    """Arguments with the sharding that this yields are compiled for one chip of that kind.
+
+    Inside, Pallas knows the kind of the chip, which some kernels need; programs see a mesh.
+    """
+    device = AbstractDevice(device_kind=f"TPU {name}", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        yield SingleDeviceSharding(chips(name)[0])
