@@ -3,7 +3,7 @@
 #   TEST_ARGS="-k window -x"     further arguments for pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-latest test-lowest clean
+.PHONY: help demo test check aot test-latest test-lowest clean
 
 PYTHON ?=
 TEST_ARGS ?=
@@ -32,6 +32,7 @@ help:
 	@echo "make demo         fetch SmolLM2 and answer by AR and by ISD, token for token the same"
 	@echo "make test         the test suite on the pinned releases (TEST_ARGS=... for pytest)"
 	@echo "make check        formatting, lint and types"
+	@echo "make aot          compile the kernels for H100 and TPUs, which need not be there (half an hour, 2.5 GB)"
 	@echo "make test-latest  the test suite on the newest releases that pyproject.toml allows"
 	@echo "make test-lowest  the test suite on the oldest releases that pyproject.toml allows"
 	@echo "make clean        remove environments, caches and build products (models/ stays)"
@@ -48,6 +49,18 @@ check: $(VENV)/.installed
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python
+
+# The plug-ins only compile: without a chip neither can be the default device. One process, for a whole step takes gigabytes.
+aot: .venv-aot/.installed
+	@echo "Compiling for accelerators"
+	@JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -q -m aot tests/kernels $(TEST_ARGS)
+
+.venv-aot/.installed: pyproject.toml requirements/pins.txt requirements/aot.txt
+	$(call make_venv,.venv-aot)
+	@echo "Installing the pinned packages and the compilers into .venv-aot (minutes the first time)"
+	@.venv-aot/bin/python $(PIP_INSTALL) -r requirements/pins.txt -r requirements/aot.txt
+	@.venv-aot/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
 
 $(VENV)/.installed: pyproject.toml requirements/pins.txt
 	$(call make_venv,$(VENV))
@@ -72,5 +85,5 @@ test-lowest:
 	@.venv-lowest/bin/python $(PYTEST) $(TEST_ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-latest .venv-lowest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-aot .venv-latest .venv-lowest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,6 +21,27 @@ _LANES = 128
 # Slots of a tile, at most, and the memory that its keys, values (twice, as the next are fetched) and scores may take.
 _TILE = 512
 _TILE_BYTES = 10 * 2**20
+MAX_WINDOW = 64
+# What one step may take of the 16 MiB that a kernel gets of a v5e's memory, by a count that is a little too high.
+_STEP_BYTES = 18 * 2**20
+
+
+def unsupported(q_BWHd: Array, k: Array, paged: bool) -> str | None:
+    """Why the kernel does not cover these arrays, or None if it does."""
+    window, head_dim = q_BWHd.shape[1], q_BWHd.shape[3]
+    if q_BWHd.dtype not in (jnp.bfloat16, jnp.float32) or k.dtype != q_BWHd.dtype:
+        return f"queries {q_BWHd.dtype} and cache {k.dtype}: both must be bfloat16, or both float32"
+    if head_dim not in (64, 128):
+        return f"head_dim {head_dim}: must be 64 or 128"
+    if window > MAX_WINDOW:
+        return f"{window} window rows: at most {MAX_WINDOW}"
+    if paged and k.shape[2] % 16:
+        return f"pages of {k.shape[2]} slots: must be a multiple of 16"
+    if _request_bytes(q_BWHd) + _LANES * _slot_bytes(q_BWHd, k) > _STEP_BYTES:
+        return (
+            f"{window} window rows of {q_BWHd.shape[2]} query and {k.shape[1]} key heads: too many for a TPU's memory"
+        )
+    return None
 
 
 def window_attention(
@@ -32,7 +53,7 @@ def window_attention(
 ) -> Float[Array, "B W H d"]:
     """As ``reference.window_attention``; slots from ``prefix + W`` on may hold anything.
 
-    Raises ValueError unless all arrays are bfloat16 or all float32, and for a head_dim other than 64 and 128.
+    Raises ValueError for arrays that ``unsupported`` names.
     """
     tile = min(_tile(q_BWHd, k_BKSd), k_BKSd.shape[2])
     return _attend(q_BWHd, k_BKSd, v_BKSd, prefix_B, mask_BWW, tile, 1, None)
@@ -48,11 +69,8 @@ def paged_window_attention(
 ) -> Float[Array, "B W H d"]:
     """``window_attention`` where slot s of request b is slot ``s % page`` of page ``table[b, s // page]``.
 
-    Entries of the table beyond a request's length may hold anything. Raises ValueError as ``window_attention``, and for
-    pages that are not a multiple of 16 slots.
+    Entries of the table beyond a request's length may hold anything. Raises ValueError as ``window_attention``.
     """
-    if k_pages.shape[2] % 16:
-        raise ValueError(f"pages on TPU hold a multiple of 16 slots, not {k_pages.shape[2]}")
     page = k_pages.shape[2]
     pages_of_step = max(1, min(_tile(q_BWHd, k_pages) // page, table.shape[1]))
     return _attend(q_BWHd, k_pages, v_pages, prefix_B, mask_BWW, page, pages_of_step, table)
@@ -60,11 +78,19 @@ def paged_window_attention(
 
 def _tile(q: Float[Array, "B W H d"], k: Float[Array, "_ K _ d"]) -> int:
     """Slots of a tile, a power of two: few enough for the memory."""
-    kv_heads, head_dim = k.shape[1], max(_LANES, k.shape[3])
-    keys_and_values = 4 * kv_heads * head_dim * k.dtype.itemsize
-    scores = 3 * 4 * q.shape[1] * q.shape[2]
-    fitting = _TILE_BYTES // (keys_and_values + scores)
+    fitting = _TILE_BYTES // _slot_bytes(q, k)
     return max(_LANES, min(_TILE, 1 << (fitting.bit_length() - 1)))
+
+
+def _slot_bytes(q: Float[Array, "B W H d"], k: Float[Array, "_ K _ d"]) -> int:
+    """Memory that a slot takes: its keys and values, twice as the next are fetched, and its scores."""
+    return 4 * k.shape[1] * max(_LANES, k.shape[3]) * k.dtype.itemsize + 3 * 4 * q.shape[1] * q.shape[2]
+
+
+def _request_bytes(q: Float[Array, "B W H d"]) -> int:
+    """Memory that a request takes: queries and output, both twice, and what is summed over tiles."""
+    _, window, heads, head_dim = q.shape
+    return window * heads * (max(_LANES, head_dim) * 4 * (q.dtype.itemsize + 1) + 2 * 4 * _LANES)
 
 
 def _attend(
@@ -78,13 +104,9 @@ def _attend(
     table: Int[Array, "B pages"] | None,
 ) -> Float[Array, "B W H d"]:
     """Attention over pages; without a table, page i of request b is the i-th piece of ``page`` slots of row b."""
+    if reason := unsupported(q_BWHd, k, table is not None):
+        raise ValueError(f"the TPU kernel of window attention does not take {reason}")
     batch, window, heads, head_dim = q_BWHd.shape
-    dtypes = {array.dtype.name for array in (q_BWHd, k, v)}
-    if dtypes not in ({"bfloat16"}, {"float32"}) or head_dim not in (64, 128):
-        raise ValueError(
-            "window attention on TPU takes one dtype, bfloat16 or float32, and head_dim 64 or 128, "
-            f"not {', '.join(sorted(dtypes))} and {head_dim}"
-        )
     kv_heads = k.shape[1]
     pages = pl.cdiv(k.shape[2], page) if table is None else table.shape[1]
     tile, steps = pages_of_step * page, pl.cdiv(pages, pages_of_step)

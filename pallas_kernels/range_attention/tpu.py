@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
@@ -23,6 +24,7 @@ from pallas_kernels.work_list import FIRST, LAST, PARTIAL, WorkList, work_list
 
 # Rows that share their own keys; the number of lanes, so that blocks are cut free of cost.
 _BLOCK = 128
+_ROW_MAJOR = Layout(major_to_minor=(0, 1, 2, 3))
 # A score that counts for nothing, finite so that no difference of scores is NaN.
 _HIDDEN = -1e30
 _LOG2E = float(np.log2(np.e))
@@ -40,6 +42,17 @@ class Tiles:
     # Rows of a tile times query heads of a key head, at most (but never less than 128 rows).
     packed_rows: int = 1024
     keys: int = 512
+
+
+def refusal(dtype: Any, head_dim: int, group_size: int) -> str | None:
+    """Why the kernels cannot take such inputs, or None."""
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"bfloat16 or float32, not {jnp.dtype(dtype).name}"
+    if head_dim not in (64, 128):
+        return f"head_dim 64 or 128, not {head_dim}"
+    if group_size > _BLOCK:
+        return f"groups of up to {_BLOCK} rows, not {group_size}"
+    return None
 
 
 class _Plan(NamedTuple):
@@ -65,19 +78,18 @@ def range_attention(
 ) -> Float[Array, "B R H d"]:
     """As ``reference.range_attention``; a row that sees no key gives zeros, and no gradient.
 
-    Keys that no row sees may hold any finite values. Raises ValueError unless all arrays are bfloat16 or all
-    float32, for a head_dim other than 64 and 128, and for a group size that does not divide the rows or exceeds 128.
+    Keys that no row sees may hold any finite values. Raises ValueError for inputs that ``refusal`` names, and for rows
+    that are not whole groups.
     """
     batch, rows, heads, head_dim = q_BRHd.shape
     length, kv_heads = k_BLKd.shape[1:3]
-    dtypes = {array.dtype.name for array in (q_BRHd, k_BLKd, v_BLKd, *(group or ()))}
-    if dtypes not in ({"bfloat16"}, {"float32"}) or head_dim not in (64, 128):
-        raise ValueError(
-            "range attention on TPU takes one dtype, bfloat16 or float32, and head_dim 64 or 128, "
-            f"not {', '.join(sorted(dtypes))} and {head_dim}"
-        )
-    if group is not None and (rows % group_size or group_size > _BLOCK):
-        raise ValueError(f"{rows} rows are not whole groups of {group_size} rows, at most {_BLOCK}")
+    if reason := refusal(q_BRHd.dtype, head_dim, group_size):
+        raise ValueError(f"range attention by the TPU kernels: {reason}")
+    if group is not None and rows % group_size:
+        raise ValueError(f"{rows} rows are not whole groups of {group_size} rows")
+    # Else XLA may lay queries out with rows last, up to the product that makes them, and libtpu 0.0.48 aborts on that
+    # product when it compiles a training step of Qwen3-8B for one v6e.
+    q_BRHd, k_BLKd, v_BLKd = (with_layout_constraint(array, _ROW_MAJOR) for array in (q_BRHd, k_BLKd, v_BLKd))
     heads_of_kv = heads // kv_heads
     real = _BLOCK if group is None else _BLOCK // group_size * group_size
     blocks = max(1, min(tiles.packed_rows // (heads_of_kv * _BLOCK), -(-rows // real)))

@@ -1,6 +1,5 @@
 """The Hopper kernel of window attention: interpreted, compiled for an H100 without one, and run on a real one."""
 
-import logging
 from functools import partial
 
 import jax
@@ -10,10 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-import pallas_kernels
 from pallas_kernels.decode_attention import api, gpu, reference
 from tests.kernels.aot import compile_for_h100
 
@@ -181,66 +177,6 @@ def test_splits_of_known_shapes():
     assert gpu.choose_splits(8, 32768) == 32
     assert gpu.choose_splits(32 * 8, 4096) == 1
     assert gpu.choose_splits(8, 64) == 1
-
-
-def small(dtype=jnp.float32, rows=2):
-    arguments = inputs(7, 1, rows, 2, 1, 128, 64, [30], dtype)
-    return arguments[0], *(jnp.nan_to_num(cache) for cache in arguments[1:3]), *arguments[3:]
-
-
-def test_without_hopper_auto_is_the_reference_and_pallas_is_refused(caplog):
-    api._announce.cache_clear()
-    arguments = small(jnp.bfloat16)
-    with caplog.at_level(logging.INFO, "pallas_kernels"):
-        for _ in range(2):
-            ours = api.window_attention(*arguments)
-    assert [record.message for record in caplog.records] == [
-        "window attention: xla (cpu: needs an NVIDIA GPU of compute capability 9.0)"
-    ]
-    np.testing.assert_array_equal(ours, reference.window_attention(*arguments))
-    with pytest.raises(ValueError, match="does not run here: cpu"):
-        api.window_attention(*arguments, implementation="pallas")
-    with pytest.raises(ValueError, match="unknown implementation 'fast'"):
-        api.window_attention(*arguments, implementation="fast")
-
-
-def test_on_hopper_auto_takes_the_kernel_where_it_can_and_an_explicit_choice_never_falls_back(monkeypatch):
-    monkeypatch.setattr(pallas_kernels, "BY_DEFAULT", True)
-    monkeypatch.setattr(api, "_on_hopper", lambda: True)
-    monkeypatch.setattr(gpu, "window_attention", lambda *_: "kernel")
-    assert api.window_attention(*small(jnp.bfloat16)) == "kernel"
-    assert api.window_attention(*small(jnp.float32)).dtype == jnp.float32
-    assert api.window_attention(*small(jnp.bfloat16), implementation="xla").dtype == jnp.bfloat16
-    assert api.window_attention(*small(jnp.bfloat16, rows=70)).shape[1] == 70
-    with pytest.raises(ValueError, match="does not run here: queries float32"):
-        api.window_attention(*small(jnp.float32), implementation="pallas")
-
-
-@pytest.mark.parametrize("paged_cache", [False, True])
-def test_on_a_mesh_each_device_attends_to_its_own_requests_and_heads(monkeypatch, paged_cache):
-    """The reference in the kernel's place: it would not find its way through sharded operands, nor would the kernel."""
-    monkeypatch.setattr(pallas_kernels, "BY_DEFAULT", True)
-    monkeypatch.setattr(api, "_on_hopper", lambda: True)
-    name = "paged_window_attention" if paged_cache else "window_attention"
-    seen = []
-
-    def local(*arguments):
-        seen.append(jax.typeof(arguments[0]).sharding.mesh)
-        return getattr(reference, name)(*arguments)
-
-    monkeypatch.setattr(gpu, name, local)
-    q, k, v, prefix, mask = small(jnp.bfloat16)
-    table = (jnp.array([[0]], jnp.int32),) if paged_cache else ()
-    wanted = getattr(reference, name)(q, k, v, *table, prefix, mask)
-    mesh = jax.make_mesh((1, 1), ("data", "tp"), devices=jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        specs = [P("data", None, "tp"), P("data", "tp"), P("data", "tp"), *[P("data")] * (2 + paged_cache)]
-        arrays = zip((q, k, v, *table, prefix, mask), specs, strict=True)
-        placed = [jax.device_put(array, NamedSharding(mesh, spec)) for array, spec in arrays]
-        ours = jax.jit(getattr(api, name))(*placed)
-    assert ours.sharding.spec == P("data", None, "tp", None)
-    assert all(kind == AxisType.Manual for kind in seen[0].axis_types)
-    np.testing.assert_array_equal(ours, wanted)
 
 
 # (batch, rows, query heads, key heads, slots, head_dim), page size: the shapes of decoding, split and not.

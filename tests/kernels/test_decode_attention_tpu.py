@@ -78,16 +78,25 @@ def test_masked_window_keys_and_other_requests_do_not_change_a_bit():
     assert (np.asarray(moved[1]) != np.asarray(clean[1])).any()
 
 
-def test_what_the_kernel_cannot_do_is_refused():
-    with pytest.raises(ValueError, match="not float32 and 32"):
-        tpu.window_attention(*case(0, 2, 2, 1, [3], 8, head_dim=32))
-    with pytest.raises(ValueError, match="not float16 and 64"):
-        tpu.window_attention(*case(0, 2, 2, 1, [3], 8, dtype=jnp.float16))
-    q, k, v, prefix, mask = case(0, 2, 2, 1, [3], 8)
-    with pytest.raises(ValueError, match="not bfloat16, float32 and 64"):
-        tpu.window_attention(q.astype(jnp.bfloat16), k, v, prefix, mask)
-    with pytest.raises(ValueError, match="multiple of 16 slots, not 8"):
-        tpu.paged_window_attention(q, k, v, np.zeros((1, 1), np.int32), prefix, mask)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 32}, "head_dim 32: must be 64 or 128"),
+        ({"dtype": jnp.float16}, "queries float16 and cache float16"),
+        ({"cache_dtype": jnp.float32}, "queries bfloat16 and cache float32"),
+        ({"window": 65}, "65 window rows: at most 64"),
+        ({"heads": 128, "window": 64}, "64 window rows of 128 query and 2 key heads: too many for a TPU's memory"),
+        ({"page": 8}, "pages of 8 slots: must be a multiple of 16"),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_refused(change, message):
+    sizes = {"window": 2, "heads": 4, "page": 32, "head_dim": 64, "dtype": jnp.bfloat16, **change}
+    shape, window = jax.ShapeDtypeStruct, sizes["window"]
+    q = shape((1, window, sizes["heads"], sizes["head_dim"]), sizes["dtype"])
+    pages = shape((3, 2, sizes["page"], sizes["head_dim"]), sizes.get("cache_dtype", sizes["dtype"]))
+    table, prefix, mask = shape((1, 3), jnp.int32), shape((1,), jnp.int32), shape((1, window, window), bool)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(tpu.paged_window_attention, q, pages, pages, table, prefix, mask)
 
 
 @pytest.mark.aot

@@ -1,8 +1,6 @@
 """The Hopper kernels of range attention: interpreted, compiled for an H100 without one, and run on a real one."""
 
-import logging
 import os
-import re
 from functools import partial
 
 import jax
@@ -13,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-import pallas_kernels
-from pallas_kernels.range_attention import api, gpu, gpu_tiles, reference
+from pallas_kernels.range_attention import gpu, gpu_tiles, reference
 from tests.kernels.aot import compile_for_h100
 
 # The interpreter runs each GPU thread in a thread of XLA's pool; with as many as two cores it would wait for ever.
@@ -189,36 +186,6 @@ def test_the_kernels_say_what_they_do_not_take():
             check(**wrong)
 
 
-def test_pallas_is_refused_where_there_is_no_hopper_gpu(monkeypatch):
-    arguments = inputs(4, (1, 8, 8, 1, 1, 64), None, scattered)[:5]
-    for device in ("cpu", "gpu 8", "tpu"):
-        monkeypatch.setattr(api, "_device", lambda device=device: device)
-        with pytest.raises(
-            ValueError, match=re.escape(f"'pallas' needs a Hopper GPU (compute capability 9), not {device}")
-        ):
-            api.range_attention(*arguments, implementation="pallas")
-
-
-def test_auto_takes_the_kernels_on_hopper_where_they_can_run_and_says_so_once(caplog, monkeypatch):
-    monkeypatch.setattr(pallas_kernels, "BY_DEFAULT", True)
-    api._choose.cache_clear()
-    bf16, wanted = jnp.dtype(jnp.bfloat16), []
-    with caplog.at_level(logging.INFO, "pallas_kernels"):
-        for device, dtype, head_dim, size, chosen in [
-            ("gpu 9", bf16, 128, 3, "pallas"),
-            ("gpu 9", bf16, 128, 3, "pallas"),
-            ("gpu 9", bf16, 128, 66, "cudnn"),
-            ("gpu 9", bf16, 96, 1, "cudnn"),
-            ("gpu 9", jnp.dtype(jnp.float32), 128, 1, "xla"),
-            ("gpu 8", bf16, 64, 1, "cudnn"),
-            ("gpu 10", bf16, 64, 1, "cudnn"),
-            ("cpu", bf16, 64, 1, "xla"),
-        ]:
-            assert api._choose(device, dtype, head_dim, size) == chosen
-            wanted.append(f"range attention: {chosen} ({device}, {dtype}, head_dim {head_dim})")
-    assert [record.message for record in caplog.records] == wanted[1:]
-
-
 def abstract(batch, rows, length, heads, kv_heads, head_dim, grouped):
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     keys = [shape((batch, length, kv_heads, head_dim))] * 2
@@ -269,7 +236,7 @@ GPU_CASES = CASES | {
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("case", GPU_CASES)
 def test_kernels_on_hopper_equal_the_reference_and_repeat_bit_by_bit(case, dtype):
-    if api._device() != "gpu 9":
+    if dispatch.device() != "gpu 9.0":
         pytest.skip("needs a Hopper GPU")
     sizes, size, intervals = GPU_CASES[case]
     arguments = inputs(5, sizes, size, intervals, dtype)

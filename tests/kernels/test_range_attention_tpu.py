@@ -176,9 +176,9 @@ def test_the_kernels_can_be_lowered_for_a_tpu():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"head_dim": 96}, "not float32 and 96"),
-        ({"dtype": jnp.float16}, "not float16 and 64"),
-        ({"rows": 4}, "4 rows are not"),
+        ({"head_dim": 96}, "head_dim 64 or 128, not 96"),
+        ({"dtype": jnp.float16}, "bfloat16 or float32, not float16"),
+        ({"rows": 4}, "4 rows are not whole groups of 3 rows"),
     ],
 )
 def test_what_the_kernels_cannot_do_is_refused(change, message):

@@ -21,14 +21,23 @@ def interpreted(function: Callable, *arguments: object) -> object:
         return jax.block_until_ready(jax.jit(function)(*arguments))
 
 
-@contextmanager
-def chip(name: str) -> Iterator[SingleDeviceSharding]:
-    """Arguments with the sharding that this yields are compiled for one chip of that kind."""
+def chips(name: str, size: str = "1x1") -> list[jax.Device]:
+    """Devices to compile for: ``size`` chips of that kind, one host."""
     # Test processes run side by side, and libtpu's look for a machine's other hosts would only take time.
     os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost", TPU_SKIP_MDS_QUERY="1")
+    bounds = (*(int(side) for side in size.split("x")), 1)
     topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=f"{name}:1x1", chips_per_host_bounds=(1, 1, 1)
+        platform="tpu", topology_name=f"{name}:{size}", chips_per_host_bounds=bounds
     )
+    return topology.devices
+
+
+@contextmanager
+def chip(name: str) -> Iterator[SingleDeviceSharding]:
+    """Arguments with the sharding that this yields are compiled for one chip of that kind.
+
+    Inside, Pallas knows the kind of the chip, which some kernels need; programs see a mesh.
+    """
     device = AbstractDevice(device_kind=f"TPU {name}", num_cores=1, platform="tpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        yield SingleDeviceSharding(topology.devices[0])
+        yield SingleDeviceSharding(chips(name)[0])

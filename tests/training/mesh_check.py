@@ -16,7 +16,8 @@ from idlm_jax.backbone.weights import init_params  # noqa: E402
 from idlm_jax.training.config import OptimizerSettings, Stage, TrainConfig  # noqa: E402
 from idlm_jax.training.params import Flat, ModelBuilder, flat_adapter, flat_base, split_trained  # noqa: E402
 from idlm_jax.training.step import TrainState, init_state, make_optimizer, make_train_step, objective_of  # noqa: E402
-from pallas_kernels.range_attention import api, gpu, reference  # noqa: E402
+from pallas_kernels import dispatch  # noqa: E402
+from pallas_kernels.range_attention import cudnn, gpu, reference  # noqa: E402
 from tests.decoding.support import tiny_adapter, tiny_config  # noqa: E402
 from tests.training.support import random_batch  # noqa: E402
 
@@ -90,8 +91,8 @@ def check_wrapped_kernels() -> None:
     """A kernel that works on its own shard, in the place of a GPU's, trains like the reference on the whole."""
     stage, _ = CASES["gated-lora"]
     losses, _, _ = run("gated-lora", stage, None)
-    api.cudnn.range_attention = gpu.range_attention = reference.range_attention
-    api._device = lambda: "gpu 9"
+    cudnn.range_attention = gpu.range_attention = reference.range_attention
+    dispatch.device, gpu.refusal = lambda: "gpu 9.0", lambda *_: None
     for shape, attention in (((2, 1, 1), "cudnn"), ((2, 2, 2), "pallas")):
         wrapped_losses, _, _ = run("gated-lora", stage, shape, attention=attention)
         np.testing.assert_allclose(wrapped_losses, losses, rtol=2e-6, err_msg=f"wrapped {shape}")
