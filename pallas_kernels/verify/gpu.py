@@ -17,10 +17,12 @@ from pallas_kernels.verify.reference import LOWEST, PURPOSE_DRAFT, PURPOSE_TOKEN
 
 # With no more rows than this, a row gets a larger program, or several.
 _FEW_ROWS = 128
-# Warps of a program that summarizes, for few rows and for many, and of one that draws; values of a tile it draws from.
-_WARPS = (16, 8)
+# Warps of a program that summarizes, for few rows and for many, and the values that a warp reads at once.
+_WARPS = (8, 4)
+_WARP_LANES = 256
+# Warps of a program that draws, and the values that it reads at once.
 _DRAW_WARPS = 4
-_TILE = 2048
+_TILE = 512
 _STAGES = 3
 
 
@@ -56,7 +58,7 @@ def summarize(
     """Filter the given rows; without ``normalise`` only the threshold is found, and unfiltered rows are not read."""
     rows, vocabulary = row_BR.size, logits_BWV.shape[-1]
     warps = _WARPS[rows > _FEW_ROWS]
-    lanes = 256 * warps
+    lanes = _WARP_LANES * warps
     room = max(vocabulary, lanes)  # of scratch: all of a row may become candidates
     shapes = [jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32, jnp.int32)]
     threshold, maximum, log_total, best, _ = jax_triton.triton_call(
