@@ -55,7 +55,7 @@ class Remat(enum.Enum):
 
     # Nothing: every activation is kept.
     NONE = "none"
-    # All but the results of matrix products.
+    # All but the results of matrix products and of attention.
     DOTS = "dots"
     # All but what attention gives, where the kernels for GPUs run.
     ATTENTION = "attention"
@@ -67,9 +67,10 @@ class Remat(enum.Enum):
         if self is Remat.NONE:
             return layer
         policies = jax.checkpoint_policies
+        attention = policies.save_only_these_names(RANGE_ATTENTION)
         policy = {
-            Remat.DOTS: policies.dots_with_no_batch_dims_saveable,
-            Remat.ATTENTION: policies.save_only_these_names(RANGE_ATTENTION),
+            Remat.DOTS: policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention),
+            Remat.ATTENTION: attention,
             Remat.BLOCK: None,
         }[self]
         # Inside a scan nothing can be merged with the first computation, so the barrier against it would only cost.
