@@ -34,6 +34,8 @@ from pallas_kernels.range_attention.reference import RANGE_ATTENTION
 
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
+# Rows of the largest decoding window.
+_FEW_ROWS = 64
 
 
 class Attend(Protocol):
@@ -130,11 +132,12 @@ class Attention(nnx.Module):
         self, q: Float[Array, "B L H d"], k: Float[Array, "B L K d"], rope: Rope
     ) -> tuple[Float[Array, "B L H d"], Float[Array, "B L K d"]]:
         axes = split_axes(q)
-        if axes is not None and axes[2] is not None:  # heads of q and k side by side would have to change devices
+        heads_are_split = axes is not None and axes[2] is not None  # side by side they would have to change devices
+        if heads_are_split or q.shape[1] > _FEW_ROWS:
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
             return apply_rope(q, rope), apply_rope(k, rope)
-        # As one array: at a few rows a step waits for launches, not for bytes.
+        # As one array: a decoding window waits for launches, not for bytes.
         qk = jnp.concatenate([q, k], axis=2)
         if self.q_norm is not None and self.k_norm is not None:
             scales = [
