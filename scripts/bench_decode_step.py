@@ -19,6 +19,7 @@ import json
 import re
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 import tyro
+from bench_train_step import longest_kernels
 from rich.console import Console
 from rich.table import Table
 
@@ -63,6 +65,8 @@ class Settings:
     # Steps a program runs, and how often it is timed.
     steps: int = 20
     repeats: int = 7
+    # Print so many of the longest kernels of each case.
+    profile: int = 0
     # Print one JSON line a case instead of a table.
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
@@ -158,6 +162,12 @@ def measure(
         began = time.perf_counter()
         cache, tokens = jax.block_until_ready(compiled(model, cache, tokens, length))
         times.append((time.perf_counter() - began) / settings.steps)
+    if settings.profile:
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder, create_perfetto_trace=True):
+                cache, tokens = jax.block_until_ready(compiled(model, cache, tokens, length))
+            lines = longest_kernels(Path(folder), settings.profile, settings.steps)
+        print("\n".join(lines), file=sys.stderr, flush=True)
     return {
         "step": statistics.median(times[1:]),
         "compile": compile_seconds,

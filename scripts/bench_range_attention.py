@@ -6,11 +6,11 @@ Run by hand on a GPU (on a CPU only ``xla`` runs, at a tiny shape, to see that i
     python scripts/bench_range_attention.py --length 1024 2048 4096 8192 --group-size 1 3 7
     python scripts/bench_range_attention.py --length 64 --heads 4 --kv-heads 2 --head-dim 16 --dtype float32 --calls 2
 
-The clean stream is one document, causal; the noisy stream is a mask group at every multiple of the group size. Useful
-FLOPs are visible pairs × heads × head_dim × 4 forward and 14 forward and backward (two products and seven). ``gated``
-is the noisy stream alone without gradients of the clean keys, as gated training has it: 10, five products. Every
-implementation is first compared with the reference in float32. Times are medians over rounds of calls that are queued
-one behind another, so launches overlap as they do in a training step.
+The clean stream is one document, causal; the noisy stream has as many mask groups as training has, one at every
+multiple of the group size. Useful FLOPs are visible pairs × heads × head_dim × 4 forward and 14 forward and backward
+(two products and seven). ``gated`` is the noisy stream alone without gradients of the clean keys, as gated training has
+it: 10, five products. Every implementation is first compared with the reference in float32. Times are medians over
+rounds of calls that are queued one behind another, so launches overlap as they do in a training step.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from idlm_jax.training.groups import GroupPolicy
 from pallas_kernels.range_attention.api import IMPLEMENTATIONS, range_attention
 
 # FLOPs a visible pair and head dimension: two products forward; five backward, three without gradients of the keys.
@@ -32,7 +33,7 @@ FORWARD, BACKWARD, BACKWARD_GATED = 4, 10, 6
 
 def make_streams(length: int, size: int, heads: int, kv_heads: int, head_dim: int, batch: int, dtype: str) -> Any:
     """Arrays of both streams, and the intervals of their rows."""
-    rows = -(-length // size) * size
+    rows = GroupPolicy(size).groups(length) * size
     keys = jax.random.split(jax.random.key(0), 6)
     shapes = [
         (rows, heads),
@@ -47,7 +48,7 @@ def make_streams(length: int, size: int, heads: int, kv_heads: int, head_dim: in
         for key, (count, some) in zip(keys, shapes, strict=True)
     ]
     clean_end = jnp.broadcast_to(jnp.arange(length) + 1, (batch, length))
-    noisy_end = jnp.broadcast_to(jnp.arange(rows) // size * size, (batch, rows))
+    noisy_end = jnp.broadcast_to(jnp.minimum(jnp.arange(rows) // size * size, length), (batch, rows))
     return arrays, (clean_end, noisy_end)
 
 

@@ -34,6 +34,8 @@ from pallas_kernels.range_attention.reference import RANGE_ATTENTION
 
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
+# Rows of the largest decoding window.
+_FEW_ROWS = 64
 
 
 class Attend(Protocol):
@@ -55,7 +57,7 @@ class Remat(enum.Enum):
 
     # Nothing: every activation is kept.
     NONE = "none"
-    # All but the results of matrix products.
+    # All but the results of matrix products and of attention.
     DOTS = "dots"
     # All but what attention gives, where the kernels for GPUs run.
     ATTENTION = "attention"
@@ -67,9 +69,10 @@ class Remat(enum.Enum):
         if self is Remat.NONE:
             return layer
         policies = jax.checkpoint_policies
+        attention = policies.save_only_these_names(RANGE_ATTENTION)
         policy = {
-            Remat.DOTS: policies.dots_with_no_batch_dims_saveable,
-            Remat.ATTENTION: policies.save_only_these_names(RANGE_ATTENTION),
+            Remat.DOTS: policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention),
+            Remat.ATTENTION: attention,
             Remat.BLOCK: None,
         }[self]
         # Inside a scan nothing can be merged with the first computation, so the barrier against it would only cost.
@@ -129,11 +132,12 @@ class Attention(nnx.Module):
         self, q: Float[Array, "B L H d"], k: Float[Array, "B L K d"], rope: Rope
     ) -> tuple[Float[Array, "B L H d"], Float[Array, "B L K d"]]:
         axes = split_axes(q)
-        if axes is not None and axes[2] is not None:  # heads of q and k side by side would have to change devices
+        heads_are_split = axes is not None and axes[2] is not None  # side by side they would have to change devices
+        if heads_are_split or q.shape[1] > _FEW_ROWS:
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
             return apply_rope(q, rope), apply_rope(k, rope)
-        # As one array: at a few rows a step waits for launches, not for bytes.
+        # As one array: a decoding window waits for launches, not for bytes.
         qk = jnp.concatenate([q, k], axis=2)
         if self.q_norm is not None and self.k_norm is not None:
             scales = [

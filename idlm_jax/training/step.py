@@ -100,7 +100,10 @@ def make_train_step(
     The batch has a leading axis of parts, whose gradients are averaged.
     """
     step = partial(_train_step, builder=builder, objective=objective, optimizer=optimizer, seed=seed)
-    return jax.jit(step, donate_argnums=0)
+    # Where a kernel's result is kept for the backward pass, XLA would run the kernel twice: once into the array of all
+    # layers' results, once for the layer itself.
+    options = {"xla_gpu_enable_dynamic_slice_fusion": False} if jax.default_backend() == "gpu" else None
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def _train_step(

@@ -5,7 +5,7 @@ bit. Shared memory at head_dim 128: 161, 192 and 194 KiB of 227.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -52,8 +52,8 @@ def forward(
 ) -> tuple[Float[Array, "B R H d"], Float[Array, "B H padded"]]:
     """The attention and, padded to whole tiles, the log-sum-exp of the scores in base 2 (0 for rows that see nothing).
 
-    Blocks of 128 rows of one head. A warpgroup multiplies the scores of a tile together with the sum over the tile before
-    it, whose rest runs under the softmax. The two take turns: one's products run under the other's softmax.
+    Blocks of 128 rows of one head. A warpgroup issues the scores of a tile together with the sum over the tile before,
+    whose rest runs under the softmax. The two take turns: one's products run under the other's softmax.
     """
     batch, rows, heads, head_dim = q_BRHd.shape
     dtype, kv_heads, tiles = q_BRHd.dtype, sources[0].k_BLKd.shape[2], pl.cdiv(rows, TILE)

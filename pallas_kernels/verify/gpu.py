@@ -24,6 +24,9 @@ _WARP_LANES = 256
 _DRAW_WARPS = 4
 _TILE = 512
 _STAGES = 3
+# A value must be the same wherever it is computed again: with multiplications fused into the subtraction of the
+# largest value, that value less itself would not be 0.
+_COMMON = {"STAGES": _STAGES, "enable_fp_fusion": False}
 
 
 @jax.tree_util.register_dataclass
@@ -77,7 +80,7 @@ def summarize(
         LANES=lanes,
         REMOVED=-1 if removed is None else removed,
         NORMALISE=normalise,
-        STAGES=_STAGES,
+        **_COMMON,
     )
     shape = row_BR.shape
     return Summary(threshold.reshape(shape), maximum.reshape(shape), best.reshape(shape), log_total.reshape(shape))
@@ -111,7 +114,7 @@ def draw(
         PART=part,
         TILE=_TILE,
         REMOVED=-1 if removed is None else removed,
-        STAGES=_STAGES,
+        **_COMMON,
     )
     winner = jnp.argmax(score, axis=1, keepdims=True)  # the first of equals: the lowest token
     return jnp.take_along_axis(token, winner, axis=1).reshape(row_BR.shape)

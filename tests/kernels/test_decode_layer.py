@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from pallas_kernels import dispatch
 from pallas_kernels.decode_layer import api, reference
 from pallas_kernels.decode_layer.product import Expand, Product
 from tests.kernels.interpreted_triton import interpret
@@ -66,6 +67,7 @@ def make_product(draw, batch, rows, widths, splits=1, bias=False, squares=0, ran
 
 
 def assert_close(ours, wanted):
+    """Within rounding; what is wanted must not be compiled, or XLA leaves out roundings."""
     for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
         assert got.dtype == want.dtype and got.shape == want.shape
         tolerance = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2}[got.dtype.name]
@@ -94,14 +96,14 @@ def test_sum_with_the_residual_equals_the_reference(kernels, name):
     draw, width, (brought, rows, _, dtype) = Draw(1), 200, PRODUCTS[name]
     product = make_product(draw, *rows, (width,), **brought, dtype=dtype)
     arguments = draw(*rows, width, dtype=dtype), product, draw(width, dtype=dtype)
-    assert_close(gpu.add(*arguments), jax.jit(reference.add)(*arguments))
+    assert_close(gpu.add(*arguments), reference.add(*arguments))
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_gated_unit_equals_the_reference(kernels, name):
     brought, rows, _, dtype = PRODUCTS[name]
     product = make_product(Draw(2), *rows, (136, 136), **brought, dtype=dtype)
-    assert_close(gpu.gated(product, dtype), jax.jit(reference.gated, static_argnums=1)(product, dtype))
+    assert_close(gpu.gated(product, dtype), reference.gated(product, dtype))
 
 
 def rotation(draw, product, heads, head_dim, slots, dtype, qk_norm=True):
@@ -121,7 +123,7 @@ def test_rotation_and_storing_equal_the_reference(kernels, name):
     widths = (query_heads * head_dim, heads * head_dim, heads * head_dim)
     product = make_product(draw, *rows, widths, **brought, dtype=dtype)
     arguments = product, *rotation(draw, product, heads, head_dim, 24, dtype, qk_norm=name != "bias")
-    assert_close(gpu.rotate_and_store(*arguments), jax.jit(reference.rotate_and_store)(*arguments))
+    assert_close(gpu.rotate_and_store(*arguments), reference.rotate_and_store(*arguments))
 
 
 def heads_product(draw, batch, rows, query_heads, heads, head_dim, **brought):
@@ -153,8 +155,9 @@ def test_rows_before_the_gate_are_the_same_bit_for_bit_with_and_without_an_adapt
     operands = draw(2, 7, product.columns), draw(product.columns), rest
     adapted = all_operations(product, *operands)
     plain = all_operations(replace(product, expand=None), *operands)
-    for ours, wanted in zip(adapted[:-2], plain[:-2], strict=True):
-        np.testing.assert_array_equal(ours[:, :4], wanted[:, :4])
+    for i, (ours, wanted) in enumerate(zip(adapted[:-2], plain[:-2], strict=True)):
+        # Sums of squares may be summed in another order.
+        np.testing.assert_allclose(ours[:, :4], wanted[:, :4], rtol=1e-6 if i == 3 else 0)
         assert not np.array_equal(ours[:, 4:], wanted[:, 4:])
     for ours, wanted in zip(adapted[-2:], plain[-2:], strict=True):
         for request, start in enumerate(rest[-1]):
@@ -185,10 +188,8 @@ def test_on_the_chip_kernels_at_the_size_of_qwen3_are_near_the_reference_and_rep
     rotated = qkv, *rotation(draw, qkv, 8, 128, 64, dtype)
     for name, arguments in (("add", residual), ("gated", gate_up), ("rotate_and_store", rotated)):
         static = 1 if name == "gated" else ()
-        ours, again, wanted = (
-            jax.jit(getattr(module, name), static_argnums=static)(*arguments) for module in (gpu, gpu, reference)
-        )
-        assert_close(ours, wanted)
+        ours, again = (jax.jit(getattr(gpu, name), static_argnums=static)(*arguments) for _ in range(2))
+        assert_close(ours, getattr(reference, name)(*arguments))
         jax.tree.map(np.testing.assert_array_equal, again, ours)
 
 
@@ -197,14 +198,14 @@ def choose(implementation="auto", rows=7, dtype=jnp.bfloat16, head_dim=128, lack
 
 
 def test_without_hopper_auto_is_plain_jax_and_an_explicit_choice_is_refused(caplog):
-    api._announce.cache_clear()
+    dispatch._announce.cache_clear()
     with caplog.at_level(logging.INFO, "pallas_kernels"):
         assert [choose(), choose()] == ["xla", "xla"]
     if not ON_GPU:
         assert [record.message for record in caplog.records] == [
-            "decode layers: xla (cpu: needs an NVIDIA GPU of compute capability 9.0)"
+            "decode layer: xla on cpu (triton: needs a Hopper GPU (compute capability 9.0), not cpu)"
         ]
-        with pytest.raises(ValueError, match="do not run here: cpu"):
+        with pytest.raises(ValueError, match="does not run here: needs a Hopper GPU"):
             choose("triton")
     with pytest.raises(ValueError, match="unknown implementation 'fast'"):
         choose("fast")

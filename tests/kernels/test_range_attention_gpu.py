@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
+from pallas_kernels import dispatch
 from pallas_kernels.range_attention import gpu, gpu_tiles, reference
 from tests.kernels.aot import compile_for_h100
 

@@ -176,9 +176,7 @@ def test_no_group_reaches_past_a_hole_of_the_loss_mask() -> None:
 @pytest.mark.parametrize(
     ("density", "block", "groups"), [(1.0, 3, 8), (1.0, 7, 8), (0.5, 4, 4), (2.0, 3, 16), (0.01, 2, 4), (9.0, 1, 24)]
 )
-def test_density_is_noisy_rows_a_clean_token_up_to_a_multiple_of_8_rows(
-    density: float, block: int, groups: int
-) -> None:
+def test_density_is_noisy_rows_a_clean_token_up_to_whole_tiles(density: float, block: int, groups: int) -> None:
     policy = GroupPolicy(block, density=density)
     assert policy.groups(LENGTH) == groups
     batch = batch_of(np.zeros((1, LENGTH), int), np.ones((1, LENGTH), bool))
