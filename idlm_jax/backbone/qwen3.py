@@ -258,7 +258,7 @@ class Qwen3(nnx.Module):
             return jnp.where(is_mask[:, :, None], self.mask_embedding[...].astype(x.dtype), x)
         # Nothing is looked up for mask tokens: gradients of so many rows would queue for one row of the table.
         others = jnp.where(is_mask, table.shape[0], tokens)
-        x = table.at[others].get(mode="fill", fill_value=0, out_sharding=sharding)
+        x = table.at[others].get(mode="fill", out_sharding=sharding)
         # An array as index: the gradient of a scalar one loses the table's split over devices (jax 0.11.2).
         mask = table.at[jnp.array([mask_token_id])].get(out_sharding=whole)
         return jnp.where(is_mask[:, :, None], mask, x)
