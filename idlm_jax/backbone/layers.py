@@ -213,6 +213,9 @@ def rope_tables(rope: RopeConfig, head_dim: int, positions: Int[Array, "B L"]) -
 
 def apply_rope(x: Float[Array, "B L H d"], tables: Rope) -> Float[Array, "B L H d"]:
     """Rotate-half rotary embedding in float32, cast back to the dtype of ``x``."""
-    cos, sin = tables
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    cos, sin = (table[..., None, :] for table in tables)
+    # The halves on an axis of their own, turned around: unlike slices and concatenations, XLA fuses that and its
+    # transpose with the norm's passes over the same array.
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    turned = jnp.flip(halves, -2) * jnp.array([[-1.0], [1.0]], jnp.float32)
+    return (halves * cos + turned * sin).astype(x.dtype).reshape(x.shape)
