@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from idlm_jax.config import RopeConfig
 
+# Name of the norms' mean squares, for policies of what to keep for the backward pass.
+NORM = "norm"
 Rope = tuple[Float[Array, "B L 1 half"], Float[Array, "B L 1 half"]]
 
 
@@ -47,7 +50,8 @@ def _product_sharding(x: Array, kernel: Array) -> PartitionSpec | None:
 def rms_norm(x: Float[Array, "*rows D"], scale: Float[Array, "..."], epsilon: float) -> Float[Array, "*rows D"]:
     """Root-mean-square norm over the last axis: computed in float32, cast back, then scaled (method.md 1.1)."""
     x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    mean_square = checkpoint_name(jnp.mean(jnp.square(x32), axis=-1, keepdims=True), NORM)
+    normed = x32 * jax.lax.rsqrt(mean_square + epsilon)
     return scale * normed.astype(x.dtype)
 
 

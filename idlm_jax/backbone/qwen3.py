@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from idlm_jax.backbone.adapter import Adapter
 from idlm_jax.backbone.layers import (
+    NORM,
     AdaptedLinear,
     FusedLinear,
     Linear,
@@ -69,7 +70,7 @@ class Remat(enum.Enum):
         if self is Remat.NONE:
             return layer
         policies = jax.checkpoint_policies
-        attention = policies.save_only_these_names(RANGE_ATTENTION)
+        attention = policies.save_only_these_names(RANGE_ATTENTION, NORM)
         policy = {
             Remat.DOTS: policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention),
             Remat.ATTENTION: attention,
