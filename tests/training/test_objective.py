@@ -266,7 +266,8 @@ def test_a_gated_adapter_has_no_effect_on_the_clean_stream() -> None:
     @partial(compiled, static_argnums=1)
     def effect(trained: Flat, adapter_from: int | None) -> Flat:
         def total(trained: Flat) -> jax.Array:
-            hidden, states = clean_stream(builder.build({**params, **trained}), turns(), adapter_from)
+            model = builder.build({**params, **trained})
+            (hidden,), states = model.streams([clean_stream(turns(), adapter_from)], None)
             return sum(jnp.sum(jnp.sin(array)) for array in (hidden, *states))  # type: ignore
 
         return jax.grad(total)(trained)
