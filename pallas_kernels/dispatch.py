@@ -1,8 +1,10 @@
-"""What the operations with kernels by Pallas share: which kernels are the device's, who chooses them, meshes.
+"""What the operations with kernels share: which kernels are the device's, who chooses them, meshes.
 
-``<operation>/gpu.py`` is for Hopper GPUs, ``<operation>/tpu.py`` for TPUs; both define the same functions.
+Of kernels by Pallas, ``<operation>/gpu.py`` is for Hopper GPUs and ``<operation>/tpu.py`` for TPUs, and both define the
+same functions. Kernels by Triton are in ``gpu.py``.
 """
 
+import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -37,30 +39,44 @@ def choose(
     operation: str,
     asked: str,
     implementations: Sequence[str],
-    unsupported: Callable[[ModuleType], str | None],
+    obstacle: Callable[[], str | None],
+    kernel: str = "pallas",
     otherwise: str = "xla",
 ) -> str:
-    """The implementation to run: the one asked for, or for ``auto`` Pallas where it can run, and ``otherwise``.
+    """The implementation to run: the one asked for, or for ``auto`` the kernel where it can run, and ``otherwise``.
 
-    ``unsupported`` says why kernels cannot take the inputs. What ``auto`` chooses is logged once. Raises ValueError for
-    an unknown implementation, and for ``pallas`` where it cannot run.
+    ``obstacle`` says why the kernel cannot run here, with these inputs. What ``auto`` chooses is logged once. Raises
+    ValueError for an unknown implementation, and for a kernel asked for that cannot run.
     """
     if asked not in implementations:
         raise ValueError(f"unknown implementation '{asked}' (one of {', '.join(implementations)})")
-    if asked not in ("auto", "pallas"):
+    if asked not in ("auto", kernel):
         return asked
-    reason = f"needs a Hopper GPU (compute capability 9.0) or a TPU, not {device()}"
-    if device() in _MODULES:
-        reason = unsupported(kernels(operation))
-    name = operation.replace("_", " ")
-    if asked == "pallas":
+    name, reason = operation.replace("_", " "), obstacle()
+    if asked == kernel:
         if reason:
-            raise ValueError(f"{name}: 'pallas' does not run here: {reason}")
+            raise ValueError(f"{name}: '{kernel}' does not run here: {reason}")
         return asked
     reason = reason or (None if pallas_kernels.BY_DEFAULT else "runs when asked for")
-    chosen = otherwise if reason else "pallas"
-    _announce(f"{name}: {chosen} on {device()}" + (f" (pallas: {reason})" if reason else ""))
+    chosen = otherwise if reason else kernel
+    _announce(f"{name}: {chosen} on {device()}" + (f" ({kernel}: {reason})" if reason else ""))
     return chosen
+
+
+def pallas_obstacle(operation: str, unsupported: Callable[[ModuleType], str | None]) -> str | None:
+    """Why an operation's kernels by Pallas cannot run; ``unsupported`` says why those of a device refuse the inputs."""
+    if device() not in _MODULES:
+        return f"needs a Hopper GPU (compute capability 9.0) or a TPU, not {device()}"
+    return unsupported(kernels(operation))
+
+
+def triton_obstacle() -> str | None:
+    """Why no kernel by Triton can run."""
+    if not device().startswith("gpu"):
+        return f"needs a GPU, not {device()}"
+    if any(importlib.util.find_spec(package) is None for package in ("jax_triton", "triton")):
+        return "needs the packages jax-triton and triton (the extra 'gpu')"
+    return None
 
 
 def on_each_device(function: Callable[..., Array], q: Array, *others: object) -> Array:

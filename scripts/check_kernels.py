@@ -12,16 +12,22 @@ true where this passes:
    texts as a window of another width does without them;
 4. losses of an adapter's first training steps, within one percent of those without kernels at every step.
 
-Without ``--data`` the last is left out, without a model the last two.
+Without ``--data`` the last is left out, without a model the last two. It takes about a quarter of an hour, most of it
+compiling; the four parts can run side by side (``--checks kernels``, ``--checks texts``, …).
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
+
+# The tests run in other processes on the same GPU, several at a time.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import tyro
@@ -33,10 +39,12 @@ from idlm_jax.model import LanguageModel
 from idlm_jax.training.config import load_train_config
 from idlm_jax.training.loop import train
 
-PROMPTS = Path(__file__).parent / "prompts.txt"
-RECIPE = Path(__file__).parent.parent / "configs" / "train" / "smollm2_gated_lora_n4.yaml"
-# Tests run in processes of their own, with the kernels switched on.
-PYTEST = "import sys, pytest, pallas_kernels; pallas_kernels.BY_DEFAULT = True; sys.exit(pytest.main(sys.argv[1:]))"
+ROOT = Path(__file__).parent.parent
+PROMPTS = ROOT / "scripts" / "prompts.txt"
+RECIPE = ROOT / "configs" / "train" / "smollm2_gated_lora_n4.yaml"
+TEST_PROCESSES = "8"
+# They compile many small programs for one run each.
+NO_AUTOTUNING = " --xla_gpu_autotune_level=0"
 # The largest difference of a step's loss that the rounding of bfloat16 explains, relative.
 LOSS_TOLERANCE = 0.01
 
@@ -51,6 +59,12 @@ class Settings:
     # Token store to train an adapter on for a few steps.
     data: str | None = None
     mask_token: str = "16"
+    checks: tuple[Literal["kernels", "distributions", "texts", "losses"], ...] = (
+        "kernels",
+        "distributions",
+        "texts",
+        "losses",
+    )
     max_tokens: int = 64
     limit: int = 32
     steps: int = 40
@@ -64,14 +78,15 @@ def main(settings: Settings) -> int:
         raise idlm_jax.UserError(f"needs a Hopper GPU and jax-triton, not {device.device_kind}")
     print(f"jax {jax.__version__}, {device.device_kind}", flush=True)
     pallas_kernels.BY_DEFAULT = True
-    results = {
-        "kernels alone": run_tests("-m", "gpu", "tests/kernels"),
-        "distributions": run_tests("tests/decoding/test_distribution.py"),
-    }
-    if settings.model:
+    results = {}
+    if "kernels" in settings.checks:
+        results["kernels alone"] = run_tests("-m", "gpu", "tests/kernels")
+    if "distributions" in settings.checks:
+        results["distributions"] = run_tests("tests/decoding/test_distribution.py")
+    if "texts" in settings.checks and settings.model:
         for dtype in ("float32", "bfloat16"):
             results[f"texts, {dtype}"] = check_texts(settings, dtype)
-    if settings.model and settings.data:
+    if "losses" in settings.checks and settings.model and settings.data:
         results["training losses"] = check_losses(settings)
     for name, passed in results.items():
         print(f"{'ok    ' if passed else 'FAILED'} {name}")
@@ -80,7 +95,9 @@ def main(settings: Settings) -> int:
 
 def run_tests(*arguments: str) -> bool:
     """Whether the chosen tests pass."""
-    return subprocess.run([sys.executable, "-c", PYTEST, "-q", "-n0", *arguments], check=False).returncode == 0
+    command = [sys.executable, "-m", "pytest", "-p", "tests.kernels.by_default", "-q", "-n", TEST_PROCESSES, *arguments]
+    environment = os.environ | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + NO_AUTOTUNING}
+    return subprocess.run(command, check=False, env=environment, cwd=ROOT).returncode == 0
 
 
 def check_texts(settings: Settings, dtype: str) -> bool:

@@ -277,7 +277,7 @@ class Qwen3(nnx.Module):
         if axes is not None:
             # Whole rows first: looking up slices of rows would leave every token's embedding spread over devices.
             table = jax.reshard(table, PartitionSpec(jax.typeof(table).sharding.spec[0], None))
-        sharding = None if axes is None else PartitionSpec(*axes, None)
+        sharding, whole = (None, None) if axes is None else (PartitionSpec(*axes, None), PartitionSpec(None, None))
         mask_token_id = self.config.mask_token_id
         if mask_token_id is None:
             return table.at[tokens].get(out_sharding=sharding)
@@ -291,7 +291,8 @@ class Qwen3(nnx.Module):
         # Nothing is looked up for mask tokens: gradients of so many rows would queue for one row of the table.
         others = jnp.where(is_mask, table.shape[0], tokens)
         x = table.at[others].get(mode="fill", fill_value=0, out_sharding=sharding)
-        mask = table.at[mask_token_id].get(out_sharding=None if axes is None else PartitionSpec(None))
+        # An array as index: the gradient of a scalar one loses the table's split over devices (jax 0.11.2).
+        mask = table.at[jnp.array([mask_token_id])].get(out_sharding=whole)
         return jnp.where(is_mask[:, :, None], mask, x)
 
     def head(self) -> Float[Array, "V D"]:

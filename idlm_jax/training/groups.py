@@ -139,25 +139,26 @@ def _lay_out(
     mask_token_id: int,
     left_out: Int[Array, " B"],
 ) -> NoisyRows:
-    rows, length = batch.tokens.shape
-    size = policy.block_size
-    shape = (rows, start_BG.shape[1] * size)
-    present = start_BG < length
-    index_BGb = start_BG[:, :, None] + jnp.arange(size)
-    index = jnp.minimum(index_BGb, length - 1).reshape(shape)
-    start = jnp.repeat(jnp.where(present, start_BG, 0), size, axis=1)
+    size, length = policy.block_size, batch.tokens.shape[1]
+    groups = (*start_BG.shape, size)
+    # Flat, for what comes out of a reshape of one row has lost its split over devices (below, `&` gives it back).
+    start = jnp.repeat(start_BG, size, axis=1)
+    present = start < length
+    start = jnp.where(present, start, 0)
+    offset = jnp.arange(start.shape[1]) % size
+    fits = present & (start + offset < length)
+    index = jnp.minimum(start + offset, length - 1)
 
     def at(array: Array, where: Array) -> Array:
         return jnp.take_along_axis(array, where, axis=1)
 
     first_position = at(batch.positions, start)
-    positions = first_position + (index_BGb - start_BG[:, :, None]).reshape(shape)
-    in_group = at(batch.segment_ids, index) == at(batch.segment_ids, start)
+    positions = first_position + offset
+    in_group = fits & (at(batch.segment_ids, index) == at(batch.segment_ids, start))
     if policy.starts == "aligned":
         in_group &= positions // size == first_position // size
     # Behind a token that is not learnt (the next prompt) the decoder would not draft any more.
-    unbroken = jnp.cumprod((in_group & at(batch.loss_mask, index)).reshape(index_BGb.shape), axis=2) > 0
-    exists = unbroken & present[:, :, None] & (index_BGb < length)
+    exists = jnp.cumprod((in_group & at(batch.loss_mask, index)).reshape(groups), axis=2) > 0
     return NoisyRows(
         tokens=jnp.full_like(index, mask_token_id),
         positions=positions,
@@ -165,6 +166,6 @@ def _lay_out(
         key_end=start,
         clean_row=index,
         targets=at(batch.next_tokens, index),
-        is_target=exists.reshape(shape) & at(carries_loss, index),
+        is_target=exists.reshape(index.shape) & at(carries_loss, index),
         left_out=left_out,
     )

@@ -1,5 +1,8 @@
 """Which implementation of window attention runs: ``auto`` picks by platform, dtype and shape, and says so once."""
 
+from functools import partial
+from types import ModuleType
+
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
@@ -48,6 +51,8 @@ def paged_window_attention(
 
 
 def _choose(implementation: str, q: Array, k: Array, paged: bool) -> str:
-    return dispatch.choose(
-        "decode_attention", implementation, IMPLEMENTATIONS, lambda kernels: kernels.unsupported(q, k, paged)
-    )
+    def unsupported(kernels: ModuleType) -> str | None:
+        return kernels.unsupported(q, k, paged)
+
+    obstacle = partial(dispatch.pallas_obstacle, "decode_attention", unsupported)
+    return dispatch.choose("decode_attention", implementation, IMPLEMENTATIONS, obstacle)

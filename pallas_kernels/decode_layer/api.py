@@ -3,23 +3,20 @@
 There is no choice gap by gap: the kernels hand products and norms to each other in another form than plain JAX does.
 """
 
-import importlib.util
-import logging
 from collections.abc import Callable
-from functools import cache
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 import pallas_kernels
+from pallas_kernels import dispatch
 
 IMPLEMENTATIONS = ("auto", "xla", "triton")
 DTYPES = (jnp.bfloat16, jnp.float16)
 HEAD_DIMS = (64, 128, 256)
 # Window rows of a request; more are a prefill chunk, whose time goes into its products.
 MAX_WINDOW = 64
-_log = logging.getLogger(__name__)
 
 
 def choose(
@@ -34,17 +31,11 @@ def choose(
     ``lacking`` says what of the model is not as the kernels need it, None if nothing. Raises ValueError for an unknown
     implementation, and for ``triton`` where the kernels cannot run.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation '{implementation}' (one of {', '.join(IMPLEMENTATIONS)})")
-    if implementation == "xla":
-        return "xla"
-    reason = _obstacle() or lacking() or _unsupported(tokens_BW, dtype, head_dim)
-    if implementation == "auto":
-        reason = reason or (None if pallas_kernels.BY_DEFAULT else "the kernels run when asked for")
-        _announce("xla" if reason else "triton", reason)
-    elif reason:
-        raise ValueError(f"the triton kernels of decode layers do not run here: {reason}")
-    return "xla" if reason else "triton"
+
+    def obstacle() -> str | None:
+        return _obstacle() or lacking() or _unsupported(tokens_BW, dtype, head_dim)
+
+    return dispatch.choose("decode_layer", implementation, IMPLEMENTATIONS, obstacle, kernel="triton")
 
 
 def by_default(dtype: jnp.dtype) -> bool:
@@ -52,13 +43,10 @@ def by_default(dtype: jnp.dtype) -> bool:
     return pallas_kernels.BY_DEFAULT and _obstacle() is None and dtype in DTYPES
 
 
-@cache
 def _obstacle() -> str | None:
-    if jax.default_backend() != "gpu" or str(jax.local_devices()[0].compute_capability) != "9.0":
-        return f"{jax.default_backend()}: needs an NVIDIA GPU of compute capability 9.0"
-    if importlib.util.find_spec("jax_triton") is None or importlib.util.find_spec("triton") is None:
-        return "needs the packages jax-triton and triton (the extra 'gpu')"
-    return None
+    if dispatch.device() != "gpu 9.0":
+        return f"needs a Hopper GPU (compute capability 9.0), not {dispatch.device()}"
+    return dispatch.triton_obstacle()
 
 
 def _unsupported(tokens_BW: Array, dtype: jnp.dtype, head_dim: int) -> str | None:
@@ -69,8 +57,3 @@ def _unsupported(tokens_BW: Array, dtype: jnp.dtype, head_dim: int) -> str | Non
     if head_dim not in HEAD_DIMS:
         return f"head_dim {head_dim}: must be one of {', '.join(map(str, HEAD_DIMS))}"
     return None if jax.typeof(tokens_BW).sharding.mesh.empty else "a mesh: they run on one device"
-
-
-@cache
-def _announce(chosen: str, reason: str | None) -> None:
-    _log.info("decode layers: %s%s", chosen, f" ({reason})" if reason else "")

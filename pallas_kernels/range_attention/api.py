@@ -37,7 +37,8 @@ def range_attention(
 
     cudnn_can = dtypes <= {jnp.dtype("bfloat16"), jnp.dtype("float16")} and head_dim % 8 == 0 and head_dim <= 128
     otherwise = "cudnn" if dispatch.device().startswith("gpu") and cudnn_can else "xla"
-    chosen = dispatch.choose("range_attention", implementation, IMPLEMENTATIONS, unsupported, otherwise)
+    obstacle = partial(dispatch.pallas_obstacle, "range_attention", unsupported)
+    chosen = dispatch.choose("range_attention", implementation, IMPLEMENTATIONS, obstacle, otherwise=otherwise)
     if chosen == "xla":
         return reference.range_attention(q_BRHd, k_BLKd, v_BLKd, start_BR, end_BR, group, group_size)
     module = cudnn if chosen == "cudnn" else dispatch.kernels("range_attention")

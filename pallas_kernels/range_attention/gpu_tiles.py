@@ -154,8 +154,8 @@ def accumulate_under(
         others = then(plgpu.wgmma_accumulator_load(product, wait_n=1))
         return accumulator[...], others
 
-    shapes = ((pair[0].shape[0], pair[1].shape[1]), total.shape)
-    result, others = pl.run_scoped(compute, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+    scratch = (plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32) for left, right in (pair, (a, b_ref)))
+    result, others = pl.run_scoped(compute, *scratch)
     return result if staging is None else total + result, others
 
 

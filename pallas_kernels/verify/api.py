@@ -1,18 +1,16 @@
 """Which implementation of verification runs: ``auto`` picks by platform and coupling, and says so once."""
 
-import importlib.util
-import logging
-from functools import cache
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-import pallas_kernels
+from pallas_kernels import dispatch
 from pallas_kernels.verify import reference
 from pallas_kernels.verify.reference import COUPLINGS, Coupling, Drafts, Filters
 
 IMPLEMENTATIONS = ("auto", "xla", "triton")
-_log = logging.getLogger(__name__)
 
 
 def verify(
@@ -62,43 +60,18 @@ def draft(
 
 
 def _implementation(asked: str, logits_BWV: Array, filters: Filters, coupling: Coupling) -> str:
-    if asked not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation '{asked}' (one of {', '.join(IMPLEMENTATIONS)})")
-    if asked == "xla":
-        return asked
-    facts = (
-        jax.default_backend(),
-        str(logits_BWV.dtype),
-        str(jax.random.key_impl(filters.key)),
-        coupling,
-        jax.typeof(logits_BWV).sharding.mesh.empty,
-    )
-    if asked == "auto":
-        return _choose(*facts)
-    if reason := _obstacle(*facts):
-        raise ValueError(f"verification by Triton {reason}")
-    return asked
+    obstacle = partial(_obstacle, logits_BWV, filters, coupling)
+    return dispatch.choose("verify", asked, IMPLEMENTATIONS, obstacle, kernel="triton")
 
 
-def _obstacle(platform: str, dtype: str, key_impl: str, coupling: Coupling, one_device: bool) -> str:
-    """Why the Triton kernels cannot run; empty if they can."""
-    if platform != "gpu":
-        return f"needs a GPU, not {platform}"
-    if importlib.util.find_spec("jax_triton") is None or importlib.util.find_spec("triton") is None:
-        return "needs the packages jax-triton and triton (the extra 'gpu')"
-    if dtype != "float32":
-        return f"needs float32 logits, not {dtype}"
-    if key_impl != "threefry2x32" or not jax.config.jax_threefry_partitionable:
+def _obstacle(logits_BWV: Array, filters: Filters, coupling: Coupling) -> str | None:
+    """Why the Triton kernels cannot run."""
+    if reason := dispatch.triton_obstacle():
+        return reason
+    if logits_BWV.dtype != jnp.float32:
+        return f"needs float32 logits, not {logits_BWV.dtype}"
+    if str(jax.random.key_impl(filters.key)) != "threefry2x32" or not jax.config.jax_threefry_partitionable:
         return "knows the noise of partitionable threefry2x32 keys alone"
     if coupling not in COUPLINGS.values():
         return f"knows no coupling '{coupling.name}'"
-    return "" if one_device else "does not run on a mesh"
-
-
-@cache
-def _choose(platform: str, dtype: str, key_impl: str, coupling: Coupling, one_device: bool) -> str:
-    reason = _obstacle(platform, dtype, key_impl, coupling, one_device)
-    reason = reason or ("" if pallas_kernels.BY_DEFAULT else "runs when asked for")
-    chosen = "xla" if reason else "triton"
-    _log.info("verification (%s): %s%s", coupling.name, chosen, f"; Triton {reason}" if reason else "")
-    return chosen
+    return None if jax.typeof(logits_BWV).sharding.mesh.empty else "does not run on a mesh"

@@ -270,8 +270,8 @@ def evaluate(store: Path, **changes: object) -> tuple[AcceptanceReport, Acceptan
 def test_all_or_some_documents_of_a_store_are_measured(store: Path) -> None:
     report, none = evaluate(store)
     assert none is None and report.tokens == 6 * 16
-    # Two documents a row, with room for 14 groups of up to three drafts.
-    assert 3 * 14 < report.rows <= 3 * 14 * 3
+    # Two documents a row, with room for 16 groups of up to three drafts.
+    assert 3 * 16 < report.rows <= 3 * 16 * 3
     some, _ = evaluate(store, documents=2)
     assert some.tokens == 2 * 16 and some.clean_loss != report.clean_loss
     assert evaluate(store, documents=2)[0] == some

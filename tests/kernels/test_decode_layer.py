@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from pallas_kernels import dispatch
 from pallas_kernels.decode_layer import api, reference
 from pallas_kernels.decode_layer.product import Expand, Product
 from tests.kernels.interpreted_triton import interpret
@@ -197,14 +198,14 @@ def choose(implementation="auto", rows=7, dtype=jnp.bfloat16, head_dim=128, lack
 
 
 def test_without_hopper_auto_is_plain_jax_and_an_explicit_choice_is_refused(caplog):
-    api._announce.cache_clear()
+    dispatch._announce.cache_clear()
     with caplog.at_level(logging.INFO, "pallas_kernels"):
         assert [choose(), choose()] == ["xla", "xla"]
     if not ON_GPU:
         assert [record.message for record in caplog.records] == [
-            "decode layers: xla (cpu: needs an NVIDIA GPU of compute capability 9.0)"
+            "decode layer: xla on cpu (triton: needs a Hopper GPU (compute capability 9.0), not cpu)"
         ]
-        with pytest.raises(ValueError, match="do not run here: cpu"):
+        with pytest.raises(ValueError, match="does not run here: needs a Hopper GPU"):
             choose("triton")
     with pytest.raises(ValueError, match="unknown implementation 'fast'"):
         choose("fast")

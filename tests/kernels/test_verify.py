@@ -1,9 +1,11 @@
 """Verification: the API anywhere; the Triton kernels, interpreted on the CPU or run on a GPU, beside the reference."""
 
+import importlib.util
 import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from pallas_kernels import dispatch
 from pallas_kernels.verify import api, reference
 from pallas_kernels.verify.reference import COUPLINGS, LOWEST, PURPOSE_TOKEN, Drafts, Filters, RatioCoupling
 from tests.kernels.interpreted_triton import interpret
@@ -68,34 +71,45 @@ def test_unknown_or_impossible_implementations_are_refused():
     with pytest.raises(ValueError, match="unknown implementation 'cuda'"):
         api.draft(logits, rows_of(1), filters, COUPLINGS["gumbel"], rows_of(1), implementation="cuda")
     if not ON_GPU:
-        with pytest.raises(ValueError, match="Triton needs a GPU, not cpu"):
+        with pytest.raises(ValueError, match="verify: 'triton' does not run here: needs a GPU, not cpu"):
             api.verify(*arguments, implementation="triton")
 
 
 @pytest.mark.parametrize(
-    ("facts", "reason"),
+    ("device", "changes", "reason"),
     [
-        (("gpu", "bfloat16", "threefry2x32", COUPLINGS["ratio"], True), "float32"),
-        (("gpu", "float32", "rbg", COUPLINGS["ratio"], True), "threefry"),
-        (("gpu", "float32", "threefry2x32", RatioCoupling(name="own"), True), "no coupling 'own'"),
-        (("gpu", "float32", "threefry2x32", COUPLINGS["gumbel"], False), "mesh"),
-        (("tpu", "float32", "threefry2x32", COUPLINGS["gumbel"], True), "not tpu"),
+        ("gpu 9.0", {"dtype": jnp.bfloat16}, "needs float32 logits, not bfloat16"),
+        ("gpu 8.0", {"key_impl": "rbg"}, "knows the noise of partitionable threefry2x32 keys alone"),
+        ("gpu 9.0", {"coupling": RatioCoupling(name="own")}, "knows no coupling 'own'"),
+        ("tpu", {}, "needs a GPU, not tpu"),
     ],
 )
-def test_auto_takes_triton_only_where_it_runs_and_says_why_not_once(facts, reason, monkeypatch, caplog):
-    monkeypatch.setattr(api.importlib.util, "find_spec", lambda name: name)
+def test_auto_takes_triton_only_where_it_runs_and_says_why_not(device, changes, reason, monkeypatch, caplog):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(pallas_kernels, "BY_DEFAULT", True)
-    api._choose.cache_clear()
+    monkeypatch.setattr(dispatch, "device", lambda: device)
+    dispatch._announce.cache_clear()
+
+    def choose(dtype=jnp.float32, key_impl="threefry2x32", coupling=COUPLINGS["ratio"]):
+        filters = make_filters((1.0, 0, 1.0))
+        filters = replace(filters, key=jax.random.split(jax.random.key(0, impl=key_impl), 1))
+        return api._implementation("auto", jnp.zeros((1, 1, 8), dtype), filters, coupling)
+
     with caplog.at_level(logging.INFO):
-        assert [api._choose(*facts) for _ in range(3)] == ["xla"] * 3
-        assert api._choose("gpu", "float32", "threefry2x32", COUPLINGS["ratio"], True) == "triton"
-    assert [reason in message for message in caplog.messages] == [True, False]
-    api._choose.cache_clear()
+        assert choose(**changes) == "xla"
+        assert choose() == ("triton" if device.startswith("gpu") else "xla")
+    assert caplog.messages[0] == f"verify: xla on {device} (triton: {reason})"
 
 
-def test_a_gpu_without_jax_triton_uses_xla(monkeypatch):
-    monkeypatch.setattr(api.importlib.util, "find_spec", lambda name: None)
-    assert "jax-triton" in api._obstacle("gpu", "float32", "threefry2x32", COUPLINGS["ratio"], True)
+def test_on_a_mesh_and_without_jax_triton_the_reference_runs(monkeypatch):
+    monkeypatch.setattr(dispatch, "device", lambda: "gpu 9.0")
+    arguments = jnp.zeros((1, 1, 8)), make_filters((1.0, 0, 1.0)), COUPLINGS["gumbel"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "jax-triton" in api._obstacle(*arguments)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert api._obstacle(*arguments) is None
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])):
+        assert api._obstacle(jnp.zeros((1, 1, 8)), *arguments[1:]) == "does not run on a mesh"
 
 
 @pytest.mark.parametrize("name", COUPLINGS)

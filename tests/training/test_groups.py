@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 from scipy import stats
 
+from idlm_jax.backbone.sharding import BATCH_AXES, MESH_AXES
 from idlm_jax.training.groups import Batch, GroupPolicy, NoisyRows, draw_groups
 from tests.training.support import KEY, batch_of, compiled, random_batch, streams, tiny_builder, tiny_params
 
@@ -197,12 +199,12 @@ def test_aligned_groups_that_do_not_fit_are_counted_and_the_first_ones_kept(batc
 def draws(groups: int, count: int) -> np.ndarray:
     """The starts of ``groups`` groups of one batch, at ``count`` keys."""
     batch = random_batch(1, LENGTH, 9, seed=3)
-    policy = GroupPolicy(2, density=groups * 2 / LENGTH)
+    policy = GroupPolicy(8, density=groups * 8 / LENGTH)
     assert policy.groups(LENGTH) == groups
     keys = jax.random.split(jax.random.key(5), count)
     rows = compiled(jax.vmap(lambda key: draw_groups(batch, policy, MASK, key)))(keys)
-    assert np.asarray(rows.is_target)[:, 0, ::2].all()
-    return np.asarray(rows.key_end)[:, 0, ::2]
+    assert np.asarray(rows.is_target)[:, 0, ::8].all()
+    return np.asarray(rows.key_end)[:, 0, ::8]
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -220,6 +222,18 @@ def test_a_key_draws_the_same_groups_again_and_another_key_others() -> None:
     one, same, other = (np.asarray(draw(batch, RANDOM[1], MASK, jax.random.key(seed)).key_end) for seed in (1, 1, 2))
     assert np.array_equal(one, same) and not np.array_equal(one, other)
     assert not np.array_equal(one[0], one[1])
+
+
+@pytest.mark.parametrize("policy", [*ALIGNED, *RANDOM], ids=lambda policy: f"{policy.starts}-{policy.block_size}")
+def test_noisy_rows_are_split_over_a_mesh_like_their_batch_also_a_single_one(policy: GroupPolicy) -> None:
+    mesh = jax.make_mesh((1, 1, 1), MESH_AXES, devices=jax.devices()[:1])
+    split = PartitionSpec(BATCH_AXES, None)
+    with jax.set_mesh(mesh):
+        batch = jax.device_put(random_batch(1, LENGTH, 9), NamedSharding(mesh, split))
+        rows = jax.eval_shape(lambda batch: draw_groups(batch, policy, MASK, KEY), batch)
+    for name in NoisyRows.__dataclass_fields__:
+        wanted = PartitionSpec(BATCH_AXES) if name == "left_out" else split
+        assert getattr(rows, name).sharding.spec == wanted, name
 
 
 @pytest.mark.parametrize(

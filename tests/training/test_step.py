@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from idlm_jax.backbone.sharding import BATCH_AXES, MESH_AXES
 from idlm_jax.backbone.weights import init_params
 from idlm_jax.training.groups import GroupPolicy
 from idlm_jax.training.objective import Objective
@@ -78,3 +80,21 @@ def test_a_step_that_is_no_number_changes_nothing() -> None:
     assert not bool(result.finite) and not np.isfinite(float(result.losses.total))
     assert int(kept.step) == 0
     assert all(np.array_equal(kept.params[name], trained[name]) for name in trained)
+
+
+@pytest.mark.parametrize("block_size", [1, 8])
+def test_parts_of_one_row_on_a_mesh_of_one_device_add_up(block_size: int) -> None:
+    """Traced alone: reshapes of one row, or of groups of one, must not change how sums over parts are split."""
+    builder = ModelBuilder(CONFIG, None, "float32")
+    objective = Objective("full", GroupPolicy(block_size, density=0.1))
+    mesh = jax.make_mesh((1, 1, 1), MESH_AXES, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        placement = builder.shardings(mesh)
+        trained, frozen = (
+            {name: jax.device_put(array, placement[name]) for name, array in params.items()} for params in weights()
+        )
+        split = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, None))
+        parts = jax.device_put(as_parts(random_batch(3, 24, VOCAB - 1), 3), split)
+        step = make_train_step(builder, objective, OPTIMIZER, seed=0)
+        _, result = jax.eval_shape(step, state_of(trained), frozen, parts)
+    assert result.losses.noisy_by_depth.shape == (block_size,)
