@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -36,6 +37,8 @@ from pallas_kernels.range_attention.reference import RANGE_ATTENTION
 
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
+# Name of the residual stream between attention and MLP, for policies of what to keep for the backward pass.
+AFTER_ATTENTION = "after attention"
 # Rows of the largest decoding window.
 _FEW_ROWS = 64
 
@@ -71,7 +74,8 @@ class Remat(enum.Enum):
     NONE = "none"
     # All but the results of matrix products and of attention.
     DOTS = "dots"
-    # All but what attention gives, where the kernels for GPUs run.
+    # All but what attention gives, where the kernels for GPUs run, and the residual stream after it: of all products
+    # the output projection is the most work for what it takes to keep.
     ATTENTION = "attention"
     # All: only the input of each layer is kept.
     BLOCK = "block"
@@ -81,7 +85,7 @@ class Remat(enum.Enum):
         if self is Remat.NONE:
             return layer
         policies = jax.checkpoint_policies
-        attention = policies.save_only_these_names(RANGE_ATTENTION, NORM)
+        attention = policies.save_only_these_names(RANGE_ATTENTION, AFTER_ATTENTION, NORM)
         policy = {
             Remat.DOTS: policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention),
             Remat.ATTENTION: attention,
@@ -189,7 +193,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], Any]:
         """Attention and MLP, each added to the residual stream."""
         out, state = self.self_attn(self.input_layernorm(x), rope, attend, state, adapter_from)
-        x = x + out
+        x = checkpoint_name(x + out, AFTER_ATTENTION)
         return x + self.mlp(self.post_attention_layernorm(x), adapter_from), state
 
 
