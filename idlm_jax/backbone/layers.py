@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from idlm_jax.config import RopeConfig
 
+# Name of the norms' mean squares, for policies of what to keep for the backward pass.
+NORM = "norm"
 Rope = tuple[Float[Array, "B L 1 half"], Float[Array, "B L 1 half"]]
 
 
@@ -47,7 +50,8 @@ def _product_sharding(x: Array, kernel: Array) -> PartitionSpec | None:
 def rms_norm(x: Float[Array, "*rows D"], scale: Float[Array, "..."], epsilon: float) -> Float[Array, "*rows D"]:
     """Root-mean-square norm over the last axis: computed in float32, cast back, then scaled (method.md 1.1)."""
     x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    mean_square = checkpoint_name(jnp.mean(jnp.square(x32), axis=-1, keepdims=True), NORM)
+    normed = x32 * jax.lax.rsqrt(mean_square + epsilon)
     return scale * normed.astype(x.dtype)
 
 
@@ -213,6 +217,9 @@ def rope_tables(rope: RopeConfig, head_dim: int, positions: Int[Array, "B L"]) -
 
 def apply_rope(x: Float[Array, "B L H d"], tables: Rope) -> Float[Array, "B L H d"]:
     """Rotate-half rotary embedding in float32, cast back to the dtype of ``x``."""
-    cos, sin = tables
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    cos, sin = (table[..., None, :] for table in tables)
+    # The halves on an axis of their own, turned around: unlike slices and concatenations, XLA fuses that and its
+    # transpose with the norm's passes over the same array.
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    turned = jnp.flip(halves, -2) * jnp.array([[-1.0], [1.0]], jnp.float32)
+    return (halves * cos + turned * sin).astype(x.dtype).reshape(x.shape)

@@ -7,16 +7,19 @@ new state. A plain causal pass, chunked prefill, a decoding window and two-strea
 
 import enum
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from idlm_jax.backbone.adapter import Adapter
 from idlm_jax.backbone.layers import (
+    NORM,
     AdaptedLinear,
     FusedLinear,
     Linear,
@@ -34,6 +37,8 @@ from pallas_kernels.range_attention.reference import RANGE_ATTENTION
 
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
+# Name of the residual stream between attention and MLP, for policies of what to keep for the backward pass.
+AFTER_ATTENTION = "after attention"
 # Rows of the largest decoding window.
 _FEW_ROWS = 64
 
@@ -52,6 +57,16 @@ class Attend(Protocol):
         ...
 
 
+class Stream(NamedTuple):
+    """Rows that pass through the layers together."""
+
+    tokens: Int[Array, "B L"]
+    positions: Int[Array, "B L"]
+    attend: Attend
+    # The first row that runs with the adapter, None for the base alone.
+    adapter_from: int | None = None
+
+
 class Remat(enum.Enum):
     """What the backward pass computes again, a layer at a time."""
 
@@ -59,7 +74,8 @@ class Remat(enum.Enum):
     NONE = "none"
     # All but the results of matrix products and of attention.
     DOTS = "dots"
-    # All but what attention gives, where the kernels for GPUs run.
+    # All but what attention gives, where the kernels for GPUs run, and the residual stream after it: of all products
+    # the output projection is the most work for what it takes to keep.
     ATTENTION = "attention"
     # All: only the input of each layer is kept.
     BLOCK = "block"
@@ -69,7 +85,7 @@ class Remat(enum.Enum):
         if self is Remat.NONE:
             return layer
         policies = jax.checkpoint_policies
-        attention = policies.save_only_these_names(RANGE_ATTENTION)
+        attention = policies.save_only_these_names(RANGE_ATTENTION, AFTER_ATTENTION, NORM)
         policy = {
             Remat.DOTS: policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention),
             Remat.ATTENTION: attention,
@@ -177,7 +193,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], Any]:
         """Attention and MLP, each added to the residual stream."""
         out, state = self.self_attn(self.input_layernorm(x), rope, attend, state, adapter_from)
-        x = x + out
+        x = checkpoint_name(x + out, AFTER_ATTENTION)
         return x + self.mlp(self.post_attention_layernorm(x), adapter_from), state
 
 
@@ -223,21 +239,41 @@ class Qwen3(nnx.Module):
         ``states`` has one entry a layer (unstacked), one tree with a leading layer axis (stacked), or is None where
         ``attend`` carries nothing. Rows from ``adapter_from`` on run with the adapter; ``None`` runs the base alone.
         """
-        x = self.embed(tokens, adapter_from)
-        rope = rope_tables(self.config.rope, self.config.head_dim, positions)
+        (hidden,), states = self.streams([Stream(tokens, positions, attend, adapter_from)], states)
+        return hidden, states
+
+    def streams(
+        self, streams: Sequence[Stream], states: Any, keep_states: bool = False
+    ) -> tuple[tuple[Float[Array, "B L D"], ...], Any]:
+        """As ``__call__``, for several streams: in every layer the state of each goes to the next, the last one's out.
+
+        Stacked layers compute states again in the backward pass, unless ``keep_states``: that is for streams without
+        gradient before the last, of which then nothing else is kept.
+        """
+        ropes = [rope_tables(self.config.rope, self.config.head_dim, stream.positions) for stream in streams]
+        xs = tuple(self.embed(stream.tokens, stream.adapter_from) for stream in streams)
+
+        def pass_through(block: Block, x: Array, rope: Rope, stream: Stream, state: Any) -> tuple[Array, Any]:
+            return block(x, rope, stream.attend, state, stream.adapter_from)
+
+        def apply(xs: tuple[Array, ...], layer: tuple[Block, Any]) -> tuple[tuple[Array, ...], Any]:
+            block, state = layer
+            new = []
+            for x, rope, stream in zip(xs, ropes, streams, strict=True):
+                run = partial(pass_through, rope=rope, stream=stream)
+                x, state = (self.remat.wrap(run) if keep_states else run)(block, x, state=state)
+                new.append(x)
+            return tuple(new), state
+
         if isinstance(self.layers, Block):
-
-            def apply(x: Array, layer: tuple[Block, Any]) -> tuple[Array, Any]:
-                return layer[0](x, rope, attend, layer[1], adapter_from)
-
-            x, states = jax.lax.scan(self.remat.wrap(apply), x, (self.layers, states))
+            xs, states = jax.lax.scan(apply if keep_states else self.remat.wrap(apply), xs, (self.layers, states))
         else:
             new_states = []
             for block, state in zip(self.layers, states or [None] * len(self.layers), strict=True):
-                x, state = block(x, rope, attend, state, adapter_from)
+                xs, state = apply(xs, (block, state))
                 new_states.append(state)
             states = tuple(new_states)
-        return self.norm(x), states
+        return tuple(self.norm(x) for x in xs), states
 
     def embed(self, tokens: Int[Array, "B L"], adapter_from: int | None) -> Float[Array, "B L D"]:
         """Embeddings of the tokens; from row ``adapter_from`` on, mask tokens have the adapter's."""

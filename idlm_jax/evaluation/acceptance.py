@@ -25,7 +25,7 @@ from idlm_jax.errors import UserError, did_you_mean
 from idlm_jax.training.config import DTYPES
 from idlm_jax.training.groups import Batch, GroupPolicy, draw_groups
 from idlm_jax.training.params import Flat, ModelBuilder, flat_adapter, flat_base
-from idlm_jax.training.two_stream import clean_stream, noisy_stream
+from idlm_jax.training.two_stream import two_streams
 from pallas_kernels.linear_cross_entropy.api import map_rows
 from pallas_kernels.linear_cross_entropy.reference import cross_entropy
 
@@ -211,9 +211,9 @@ def _batch_sums(
     model, mask_token_id = builder.build(params), builder.config.mask_token_id
     assert mask_token_id is not None
     has_adapter = builder.adapter is not None
-    clean_hidden, states = clean_stream(model, batch, 0 if has_adapter and not gated else None, attention)
     rows = draw_groups(batch, policy, mask_token_id, key)
-    noisy_hidden = noisy_stream(model, rows, states, policy.block_size, 0 if has_adapter else None, attention)
+    clean_from, noisy_from = 0 if has_adapter and not gated else None, 0 if has_adapter else None
+    clean_hidden, noisy_hidden = two_streams(model, batch, rows, policy.block_size, clean_from, noisy_from, attention)
     teacher = jnp.take_along_axis(clean_hidden, rows.clean_row[:, :, None], axis=1)
 
     def compare(logits: Array, teacher: Array, target: Int[Array, "B R"]) -> list[Float[Array, "B R"]]:

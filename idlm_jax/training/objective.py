@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.training.groups import Batch, GroupPolicy, NoisyRows, draw_groups
-from idlm_jax.training.two_stream import CleanStates, clean_stream, noisy_stream
+from idlm_jax.training.two_stream import clean_stream, two_streams
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy
 from pallas_kernels.linear_cross_entropy.reference import SOFT_LOSSES
 
@@ -72,9 +72,8 @@ def training_loss(
     head = model.head() if head_VD is None else head_VD
     if objective.learn_prompts:
         batch = replace(batch, loss_mask=batch.segment_ids > 0)
-    clean_adapter_from = 0 if objective.mode == "lora" else None
-    clean_hidden, states = clean_stream(model, batch, clean_adapter_from, objective.attention)
     if objective.mode == "ar":
+        (clean_hidden,), _ = model.streams([clean_stream(batch, None, objective.attention)], None)
         clean, _ = _clean_loss(clean_hidden, head, batch, objective)
         nothing = jnp.int32(0)
         return Losses(clean, jnp.float32(0), clean, jnp.zeros(0), nothing, jnp.sum(batch.clean_targets), nothing)
@@ -82,8 +81,17 @@ def training_loss(
     mask_token_id = model.config.mask_token_id
     assert mask_token_id is not None
     noisy_rows = draw_groups(batch, objective.groups, mask_token_id, key)
+    clean_hidden, noisy_hidden = two_streams(
+        model,
+        batch,
+        noisy_rows,
+        objective.groups.block_size,
+        0 if objective.mode == "lora" else None,
+        None if objective.mode == "full" else 0,
+        objective.attention,
+    )
     noisy_weights, first_weights = _noisy_weights(batch, noisy_rows, objective)
-    noisy, row_losses = _noisy_loss(model, noisy_rows, noisy_weights, objective, clean_hidden, states, head)
+    noisy, row_losses = _noisy_loss(noisy_hidden, noisy_rows, noisy_weights, objective, clean_hidden, head)
     total, clean, clean_rows = noisy, jnp.float32(0), jnp.int32(0)
     if objective.has_clean_loss:
         # The prompt's last row sees the same in both streams, so its noisy loss is its clean one.
@@ -104,17 +112,14 @@ def training_loss(
 
 
 def _noisy_loss(
-    model: Qwen3,
+    hidden: Float[Array, "B R D"],
     rows: NoisyRows,
     weights: Float[Array, "B R"],
     objective: Objective,
     clean_hidden: Float[Array, "B L D"],
-    states: CleanStates,
     head: Float[Array, "V D"],
 ) -> tuple[Float[Array, ""], Float[Array, "B R"]]:
     """The weighted loss of the noisy rows, and the loss of each of them, whether or not it counts."""
-    adapter_from = None if objective.mode == "full" else 0
-    hidden = noisy_stream(model, rows, states, objective.groups.block_size, adapter_from, objective.attention)
     teacher = None
     if objective.noisy_loss in SOFT_LOSSES:
         teacher = jnp.take_along_axis(clean_hidden, rows.clean_row[:, :, None], axis=1)

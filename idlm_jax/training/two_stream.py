@@ -1,7 +1,7 @@
 """The two-stream forward pass: clean tokens through the causal model, then mask groups that see them (design.md 6).
 
-No array of both streams and no mask of their product is ever built: the clean pass hands its keys and values, layer by
-layer, to the noisy pass.
+No array of both streams and no mask of their product is ever built: in every layer the clean pass hands its keys and
+values to the noisy pass, and they need not be kept any longer.
 """
 
 from typing import Any
@@ -9,18 +9,13 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from idlm_jax.backbone.qwen3 import Qwen3
+from idlm_jax.backbone.qwen3 import Qwen3, Stream
 from idlm_jax.training.groups import Batch, NoisyRows
 from pallas_kernels.range_attention.api import range_attention
 
-# Keys and values of every layer, stacked.
-CleanStates = tuple[Float[Array, "layers B L K d"], Float[Array, "layers B L K d"]]
 
-
-def clean_stream(
-    model: Qwen3, batch: Batch, adapter_from: int | None, implementation: str = "auto"
-) -> tuple[Float[Array, "B L D"], CleanStates]:
-    """Final hidden states of the packed tokens, causal inside each document, and every layer's keys and values.
+def clean_stream(batch: Batch, adapter_from: int | None, implementation: str = "auto") -> Stream:
+    """The packed tokens, causal inside each document; its state is the layer's keys and values.
 
     ``adapter_from`` is None for the base model alone (gated), 0 to adapt every row.
     """
@@ -32,18 +27,11 @@ def clean_stream(
     def attend(q: Array, k: Array, v: Array, state: Any) -> tuple[Array, tuple[Array, Array]]:
         return range_attention(q, k, v, start, index + 1, implementation=implementation), (k, v)
 
-    return model(batch.tokens, batch.positions, attend, None, adapter_from)
+    return Stream(batch.tokens, batch.positions, attend, adapter_from)
 
 
-def noisy_stream(
-    model: Qwen3,
-    rows: NoisyRows,
-    states: CleanStates,
-    block_size: int,
-    adapter_from: int | None,
-    implementation: str = "auto",
-) -> Float[Array, "B R D"]:
-    """Final hidden states of the rows of all mask groups, given the keys and values of the clean stream."""
+def noisy_stream(rows: NoisyRows, block_size: int, adapter_from: int | None, implementation: str = "auto") -> Stream:
+    """The rows of all mask groups, which see the keys and values of the clean stream."""
 
     def attend(q: Array, k: Array, v: Array, state: tuple[Array, Array]) -> tuple[Array, None]:
         out = range_attention(
@@ -51,4 +39,24 @@ def noisy_stream(
         )
         return out, None
 
-    return model(rows.tokens, rows.positions, attend, states, adapter_from)[0]
+    return Stream(rows.tokens, rows.positions, attend, adapter_from)
+
+
+def two_streams(
+    model: Qwen3,
+    batch: Batch,
+    rows: NoisyRows,
+    block_size: int,
+    clean_adapter_from: int | None,
+    noisy_adapter_from: int | None,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B L D"], Float[Array, "B R D"]]:
+    """Final hidden states of the clean tokens and of the rows of all mask groups."""
+    streams = (
+        clean_stream(batch, clean_adapter_from, implementation),
+        noisy_stream(rows, block_size, noisy_adapter_from, implementation),
+    )
+    # A clean stream without the adapter of the noisy one is gated, and has no gradient.
+    gated = clean_adapter_from is None and noisy_adapter_from is not None
+    (clean, noisy), _ = model.streams(streams, None, keep_states=gated)
+    return clean, noisy

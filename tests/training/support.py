@@ -13,9 +13,9 @@ from idlm_jax.backbone.weights import init_params, layer_weights, weight_table
 from idlm_jax.checkpoint.hf import HFSource
 from idlm_jax.checkpoint.open import load_params
 from idlm_jax.config import ModelConfig
+from idlm_jax.training import two_stream
 from idlm_jax.training.groups import Batch, NoisyRows
 from idlm_jax.training.params import Flat, ModelBuilder, flat_adapter, flat_base
-from idlm_jax.training.two_stream import clean_stream, noisy_stream
 from tests.decoding.support import tiny_adapter, tiny_config
 from tests.support import GOLDEN
 
@@ -114,9 +114,9 @@ def two_streams(
     """Logits of the clean and of the noisy rows."""
     model = builder.build(params)
     has_adapter = builder.adapter is not None
-    hidden, states = clean_stream(model, batch, 0 if has_adapter and not gated else None)
-    noisy = noisy_stream(model, rows, states, block, 0 if has_adapter else None)
-    return model.logits(hidden), model.logits(noisy)
+    clean_from, noisy_from = 0 if has_adapter and not gated else None, 0 if has_adapter else None
+    clean, noisy = two_stream.two_streams(model, batch, rows, block, clean_from, noisy_from)
+    return model.logits(clean), model.logits(noisy)
 
 
 streams = compiled(two_streams, static_argnames=("builder", "block", "gated"))

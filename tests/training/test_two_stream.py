@@ -226,7 +226,7 @@ def gradient_with(remat: Remat) -> Flat:
     return compiled(jax.grad(loss))(tiny_params(True))
 
 
-@pytest.mark.parametrize("remat", [Remat.DOTS, Remat.BLOCK])
+@pytest.mark.parametrize("remat", [Remat.DOTS, Remat.ATTENTION, Remat.BLOCK])
 def test_what_the_backward_pass_computes_again_changes_nothing(remat: Remat) -> None:
     ours, reference = gradient_with(remat), gradient_with(Remat.NONE)
     for name in reference:
