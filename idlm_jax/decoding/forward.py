@@ -9,13 +9,14 @@ from functools import partial
 from types import ModuleType
 from typing import cast
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from idlm_jax.backbone.layers import AdaptedLinear, FusedLinear, Linear, rope_tables
 from idlm_jax.backbone.qwen3 import Attention, Block, Qwen3
 from idlm_jax.decoding.cache import Cache, LayerCache, cached_attention, over_pools
-from pallas_kernels.decode_attention.api import window_attention
+from pallas_kernels.decode_attention.api import packed_window_attention, packing, window_attention
 from pallas_kernels.decode_layer.api import choose
 from pallas_kernels.decode_layer.product import Expand, Normed, Product, multiply
 from pallas_kernels.decode_layer.reference import scale_rows
@@ -122,8 +123,15 @@ def _attend(
         scales = attention.q_norm.scale[...], attention.k_norm.scale[...]
 
     def attend(pool: slice, keys: Array, values: Array) -> tuple[Array, Array, Array]:
-        q, keys, values = operations.rotate_and_store(product, scales, tables, keys, values, length_B, first=pool.start)
-        out = window_attention(q, keys, values, length_B[pool], mask_BWW[pool], implementation=kernels)
+        requests, heads, _, size = keys.shape
+        q_shape = requests, mask_BWW.shape[1], product.columns // size - 2 * heads, size
+        pack = packing(kernels, jax.ShapeDtypeStruct(q_shape, keys.dtype), keys)
+        q, keys, values = operations.rotate_and_store(product, scales, tables, keys, values, length_B, pool.start, pack)
+        window = length_B[pool], mask_BWW[pool]
+        if pack is None:
+            out = window_attention(q, keys, values, *window, implementation=kernels)
+        else:
+            out = packed_window_attention(q, keys, values, *window, pack)
         return out, keys, values
 
     out, state = over_pools(attend, state)

@@ -18,12 +18,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from pallas_kernels.decode_attention.packing import ROWS, Packing
+
 # Keys a step; a page must hold a whole number of tiles.
 TILE = 64
 MAX_WINDOW = 64
 HEAD_DIMS = (64, 128)
-# Rows of one wgmma.
-_ROWS = 64
 _THREADS = 128
 # Blocks that an H100 or H200 holds at once: two on each of 132 multiprocessors.
 _BLOCKS = 264
@@ -36,33 +36,15 @@ _LOWEST = -1e30
 
 
 @dataclass(frozen=True)
-class _Shape:
+class _Shape(Packing):
     """Static sizes of one call."""
 
-    rows: int  # W
-    heads: int  # K
-    group: int  # G, query heads a key head
     splits: int
-
-    @property
-    def tiles(self) -> int:
-        """Row tiles a key head."""
-        return math.ceil(self.rows / (_ROWS // self.group))
-
-    @property
-    def tile_window(self) -> int:
-        """Window rows a row tile."""
-        return math.ceil(self.rows / self.tiles)
 
     def all_rows(self, batch: int) -> int:
         """Query rows of the batch, and one more if the merge, which may take two at once, needs it."""
         rows = batch * self.rows * self.heads * self.group
         return rows + rows % 2 * (self.splits > 1)
-
-    @property
-    def stored(self) -> int:
-        """Rows of a row tile in memory: the used ones, up to whole swizzle atoms of eight."""
-        return math.ceil(self.tile_window * self.group / 8) * 8
 
 
 def window_attention(
@@ -79,7 +61,22 @@ def window_attention(
     Each row may see up to ``prefix + W <= S`` slots. ``splits`` (default: by the shapes) is the number of blocks that
     share the keys of a request and key head. Raises ValueError for shapes and dtypes that the kernel does not cover.
     """
-    return _attend(q_BWHd, k_BKSd, v_BKSd, None, prefix_B, mask_BWW, splits)
+    pack = packing(q_BWHd, k_BKSd, paged=False)
+    return _attend(pack.packed(q_BWHd), k_BKSd, v_BKSd, None, prefix_B, mask_BWW, pack, splits)
+
+
+def packed_window_attention(
+    q_BKTrd: Float[Array, "B K T stored d"],
+    k_BKSd: Float[Array, "B K S d"],
+    v_BKSd: Float[Array, "B K S d"],
+    prefix_B: Int[Array, " B"],
+    mask_BWW: Bool[Array, "B W W"],
+    pack: Packing,
+    *,
+    splits: int | None = None,
+) -> Float[Array, "B W H d"]:
+    """As ``window_attention``, of queries that ``pack = packing(…)`` has packed or somebody else has for it."""
+    return _attend(q_BKTrd, k_BKSd, v_BKSd, None, prefix_B, mask_BWW, pack, splits)
 
 
 def paged_window_attention(
@@ -96,10 +93,18 @@ def paged_window_attention(
 
     Entries of ``pages_BN`` after a request's last slot are not read.
     """
-    return _attend(q_BWHd, k_PKSd, v_PKSd, pages_BN, prefix_B, mask_BWW, splits)
+    pack = packing(q_BWHd, k_PKSd, paged=True)
+    return _attend(pack.packed(q_BWHd), k_PKSd, v_PKSd, pages_BN, prefix_B, mask_BWW, pack, splits)
 
 
-def unsupported(q_BWHd: Array, k: Array, paged: bool) -> str | None:
+def packing(q_BWHd: Array | jax.ShapeDtypeStruct, k: Array, paged: bool) -> Packing:
+    """How the kernel wants such queries; raises ValueError where it does not cover these arrays."""
+    if reason := unsupported(q_BWHd, k, paged):
+        raise ValueError(f"the Hopper kernel of window attention does not take {reason}")
+    return Packing(q_BWHd.shape[1], k.shape[1], q_BWHd.shape[2] // k.shape[1])
+
+
+def unsupported(q_BWHd: Array | jax.ShapeDtypeStruct, k: Array, paged: bool) -> str | None:
     """Why the kernel does not cover these arrays, or None if it does."""
     rows, heads, head_dim = q_BWHd.shape[1:]
     if q_BWHd.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q_BWHd.dtype:
@@ -108,8 +113,8 @@ def unsupported(q_BWHd: Array, k: Array, paged: bool) -> str | None:
         return f"head_dim {head_dim}: must be 64 or 128"
     if rows > MAX_WINDOW:
         return f"{rows} window rows: at most {MAX_WINDOW}"
-    if heads // k.shape[1] > _ROWS:
-        return f"{heads // k.shape[1]} query heads a key head: at most {_ROWS}"
+    if heads // k.shape[1] > ROWS:
+        return f"{heads // k.shape[1]} query heads a key head: at most {ROWS}"
     if k.shape[2] % 8:
         return f"a cache of {k.shape[2]} slots: must be a multiple of 8"
     if paged and k.shape[2] % TILE:
@@ -123,39 +128,27 @@ def choose_splits(blocks: int, slots: int) -> int:
 
 
 # Layers of one shape share one trace, hence one compiled kernel.
-@partial(jax.jit, static_argnames="splits")
+@partial(jax.jit, static_argnames=("pack", "splits"))
 def _attend(
-    q_BWHd: Array,
+    q: Float[Array, "B K T stored d"],
     k: Array,
     v: Array,
     pages_BN: Array | None,
     prefix_B: Array,
     mask_BWW: Array,
+    pack: Packing,
     splits: int | None,
 ) -> Array:
-    if reason := unsupported(q_BWHd, k, pages_BN is not None):
-        raise ValueError(f"the Hopper kernel of window attention does not take {reason}")
-    batch, rows, query_heads, head_dim = q_BWHd.shape
-    heads = k.shape[1]
+    batch, heads, tiles, _, head_dim = q.shape
     slots = k.shape[2] * (1 if pages_BN is None else pages_BN.shape[1])
-    shape = _Shape(rows, heads, query_heads // heads, 1)
     if splits is None:
-        splits = choose_splits(batch * heads * shape.tiles, slots)
-    shape = _Shape(rows, heads, query_heads // heads, splits)
-    q = _pack(q_BWHd, shape)
+        splits = choose_splits(batch * heads * tiles, slots)
+    shape = _Shape(pack.rows, heads, pack.group, splits)
     page_table = () if pages_BN is None else (pages_BN.astype(jnp.int32),)
     outputs = _parts(q, k, v, page_table, prefix_B.astype(jnp.int32), _mask_bits(mask_BWW, shape), shape)
     out = outputs[0][0] if splits == 1 else _merge(outputs[0], outputs[1], shape, q.dtype)
-    return out[: q_BWHd.size // head_dim].reshape(q_BWHd.shape)
-
-
-def _pack(q_BWHd: Array, shape: _Shape) -> Float[Array, "B K T rows d"]:
-    """Query rows by key head and row tile; row r of a tile is window row ``r // G`` of it."""
-    batch, rows, _, head_dim = q_BWHd.shape
-    q = jnp.pad(q_BWHd, ((0, 0), (0, shape.tiles * shape.tile_window - rows), (0, 0), (0, 0)))
-    q = q.reshape(batch, shape.tiles, shape.tile_window, shape.heads, shape.group, head_dim).transpose(0, 3, 1, 2, 4, 5)
-    q = q.reshape(batch, shape.heads, shape.tiles, shape.tile_window * shape.group, head_dim)
-    return jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, shape.stored - q.shape[3]), (0, 0)))
+    rows = batch * pack.rows * heads * pack.group
+    return out[:rows].reshape(batch, pack.rows, heads * pack.group, head_dim)
 
 
 def _mask_bits(mask_BWW: Bool[Array, "B W W"], shape: _Shape) -> Int[Array, "B T words rows"]:
@@ -166,7 +159,7 @@ def _mask_bits(mask_BWW: Bool[Array, "B W W"], shape: _Shape) -> Int[Array, "B T
     mask = jnp.pad(mask_BWW, ((0, 0), (0, more_rows), (0, 32 * words - rows))).reshape(batch, -1, words, 32)
     bits: UInt32[Array, "B W words"] = jnp.sum(mask.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32), axis=-1)
     bits = jnp.repeat(bits.reshape(batch, shape.tiles, shape.tile_window, words), shape.group, axis=2).swapaxes(2, 3)
-    bits = jnp.pad(bits, ((0, 0), (0, 0), (0, 0), (0, _ROWS - bits.shape[3])))
+    bits = jnp.pad(bits, ((0, 0), (0, 0), (0, 0), (0, ROWS - bits.shape[3])))
     return jax.lax.bitcast_convert_type(bits, jnp.int32)
 
 
@@ -195,7 +188,7 @@ def _parts(
     if shape.splits > 1:
         out_types = [
             jax.ShapeDtypeStruct((shape.splits, shape.all_rows(batch), head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((shape.splits, batch, heads * tiles, 2, _ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((shape.splits, batch, heads * tiles, 2, ROWS), jnp.float32),
         ]
 
     def along_row(x_R: Array, like: Array) -> Array:
@@ -242,7 +235,7 @@ def _parts(
                 plgpu.wgmma(product, q_smem, k_smem.T)
                 return product[...]
 
-            scores = pl.run_scoped(scores_of, plgpu.ACC((_ROWS, TILE), jnp.float32))
+            scores = pl.run_scoped(scores_of, plgpu.ACC((ROWS, TILE), jnp.float32))
             slot = (first + index[0]) * TILE
             scores = jax.lax.cond(slot + TILE > prefix, lambda s: hide_window_keys(s, slot), lambda s: s, scores)
             new_largest = jnp.maximum(largest, scores.max(axis=1) * to_log2)
@@ -258,7 +251,7 @@ def _parts(
                 plgpu.wgmma(product, weights_smem, v_smem)
                 return product[...]
 
-            acc = acc * along_row(shrink, acc) + pl.run_scoped(values_of, plgpu.ACC((_ROWS, head_dim), jnp.float32))
+            acc = acc * along_row(shrink, acc) + pl.run_scoped(values_of, plgpu.ACC((ROWS, head_dim), jnp.float32))
             return acc, new_largest, total
 
         block = plgpu.BlockSpec((None, None, TILE, head_dim), locate, transforms=tiled)
@@ -268,9 +261,9 @@ def _parts(
             in_specs=[block, block],
             max_concurrent_steps=_STAGE_BYTES // (2 * TILE * head_dim * k.dtype.itemsize),
             init_carry=(
-                full((_ROWS, head_dim), 0.0, wgmma),
-                full((_ROWS,), _LOWEST, by_row),
-                full((_ROWS,), 0.0, by_row),
+                full((ROWS, head_dim), 0.0, wgmma),
+                full((ROWS,), _LOWEST, by_row),
+                full((ROWS,), 0.0, by_row),
             ),
         )(k_ref, v_ref)
         pl.when(last == first)(lambda: plgpu.barrier_wait(q_barrier))
@@ -293,12 +286,12 @@ def _parts(
                 plgpu.copy_smem_to_gmem(stats_smem, outputs[1].at[split, request, head_tile])
             plgpu.wait_smem_to_gmem(0)
 
-        pl.run_scoped(store, plgpu.SMEM((_ROWS, head_dim), out_types[0].dtype), plgpu.SMEM((2, _ROWS), jnp.float32))
+        pl.run_scoped(store, plgpu.SMEM((ROWS, head_dim), out_types[0].dtype), plgpu.SMEM((2, ROWS), jnp.float32))
 
     return plgpu.kernel(
         kernel,
         out_type=out_types,
-        scratch_types=[plgpu.SMEM((_ROWS, head_dim), q.dtype, transforms=tiled), plgpu.Barrier()],
+        scratch_types=[plgpu.SMEM((ROWS, head_dim), q.dtype, transforms=tiled), plgpu.Barrier()],
         grid=(batch, shape.splits, heads * tiles),
         grid_names=("request", "split", "head_tile"),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),

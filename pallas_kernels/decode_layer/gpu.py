@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import jax_triton
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.decode_attention.packing import Packing
 from pallas_kernels.decode_layer import triton_kernels
 from pallas_kernels.decode_layer.product import Normed, Product
 from pallas_kernels.decode_layer.reference import TILE
@@ -19,13 +20,23 @@ from pallas_kernels.triton_graphs import use_typed_calls
 
 use_typed_calls()
 
-# Rows of a tile: the fewest that the tensor cores take. Where there are many, a LoRA takes more, so that its second
-# matrix is not read again for every few rows.
-_ROWS, _MANY_ROWS = 16, 64
+# Up to so many rows a step waits for launches and memory, and programs are as small as they can be: one warp, since
+# ptxas gives the threads of a larger block too few registers to hold all that they ask for.
+_FEW_ROWS, _FEWEST_ROWS = 64, 2
+# Rows of a tile with a LoRA: the fewest that the tensor cores take. Where there are many, more, so that its second
+# matrix is not read again for every few rows, as long as their summands fit into registers.
+_ROWS, _MANY_ROWS, _SUMMANDS = 16, 64, 128
 
 
 def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
+
+
+def _tile(rows: int, splits: int, rank: int) -> tuple[int, int]:
+    """Rows of a tile, and the warps of the program that finishes it."""
+    if rank:
+        return _ROWS if rows <= _FEW_ROWS else min(_MANY_ROWS, _SUMMANDS // splits), 8
+    return (_FEWEST_ROWS, 1) if rows <= _FEW_ROWS else (_ROWS, 4)
 
 
 def _operands(product: Product) -> tuple[Array, Array, Array, Array]:
@@ -41,7 +52,7 @@ def _constants(product: Product) -> dict[str, Any]:
     expand, squares = product.expand, product.squares_BWT
     tiles = 0 if squares is None else squares.shape[-1]
     rank = 0 if expand is None else len(expand.b_RN)
-    many = rank > 0 and batch * rows > _MANY_ROWS
+    tile_rows, warps = _tile(batch * rows, splits, rank)
     return {
         "R": batch * rows,
         "W": rows,
@@ -57,8 +68,8 @@ def _constants(product: Product) -> dict[str, Any]:
         "RANKS": max(_ROWS, _power_of_two(max(rank, 1))),
         "LORA_SCALE": 1.0 if expand is None else expand.scale,
         "FIRST_ROW": 0 if expand is None else expand.first_row,
-        "ROWS": _MANY_ROWS if many else _ROWS,
-        "num_warps": 8 if many else 4,
+        "ROWS": tile_rows,
+        "num_warps": warps,
     }
 
 
@@ -89,7 +100,7 @@ def add(
 def gated(product: Product, dtype: jnp.dtype) -> Float[Array, "B W F"]:
     """As ``reference.gated``."""
     constants, width = _constants(product), product.columns // 2
-    tile = 2 * TILE if constants["ROWS"] == _MANY_ROWS else TILE
+    tile = 2 * TILE if constants["ROWS"] > _ROWS else TILE
     return jax_triton.triton_call(
         *_operands(product),
         kernel=triton_kernels.gate_rows,
@@ -108,21 +119,26 @@ def rotate_and_store(
     v_PKSd: Float[Array, "P K S d"],
     length_B: Int[Array, " B"],
     first: int = 0,
-) -> tuple[Float[Array, "P W H d"], Float[Array, "P K S d"], Float[Array, "P K S d"]]:
-    """As ``reference.rotate_and_store``, with the caches written in place."""
+    pack: Packing | None = None,
+) -> tuple[Float[Array, "P W H d"] | Float[Array, "P K T stored d"], Float[Array, "P K S d"], Float[Array, "P K S d"]]:
+    """As ``reference.rotate_and_store``, with the caches written in place.
+
+    Rows that fill up a tile of packed queries are not written.
+    """
     constants = _constants(product)
     requests, heads, slots, head_dim = k_PKSd.shape
     rows = constants["W"]
     query_heads = product.columns // head_dim - 2 * heads
     operands = (*_operands(product), *((product.parts_SBWC,) * 2 if scales is None else scales), *tables, length_B)
-    cache = jax.ShapeDtypeStruct(k_PKSd.shape, k_PKSd.dtype)
+    q_shape = (requests, rows, query_heads, head_dim) if pack is None else pack.shape(requests, head_dim)
+    q, cache = (jax.ShapeDtypeStruct(shape, k_PKSd.dtype) for shape in (q_shape, k_PKSd.shape))
     return tuple(
         jax_triton.triton_call(
             *operands,
             k_PKSd,
             v_PKSd,
             kernel=triton_kernels.rotate_rows,
-            out_shape=[jax.ShapeDtypeStruct((requests, rows, query_heads, head_dim), k_PKSd.dtype), cache, cache],
+            out_shape=[q, cache, cache],
             grid=(math.ceil(requests * rows / constants["ROWS"]), query_heads + 2 * heads),
             input_output_aliases={len(operands): 1, len(operands) + 1: 2},
             FIRST=first,
@@ -132,6 +148,9 @@ def rotate_and_store(
             S=slots,
             HALF=head_dim // 2,
             NORM=scales is not None,
+            TILES_Q=1 if pack is None else pack.tiles,
+            TILE_WINDOW=rows if pack is None else pack.tile_window,
+            STORED=0 if pack is None else pack.stored,
             **constants,
         )
     )

@@ -54,7 +54,7 @@ class Expand:
 class Product:
     """A product of window rows that is not finished yet."""
 
-    # Summands; the first ``columns`` columns, and after them those of the LoRA's first half.
+    # Summands, a power of two of them; the first ``columns`` columns, and after them those of the LoRA's first half.
     parts_SBWC: Float[Array, "S B W C"]
     bias_N: Float[Array, " N"] | None
     # Of the input, where that is a ``Normed``.

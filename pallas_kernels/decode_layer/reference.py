@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.decode_attention.packing import Packing
 from pallas_kernels.decode_layer.product import Normed, Product
 
 # Columns whose squares are summed together.
@@ -40,12 +41,13 @@ def rotate_and_store(
     v_PKSd: Float[Array, "P K S d"],
     length_B: Int[Array, " B"],
     first: int = 0,
-) -> tuple[Float[Array, "P W H d"], Float[Array, "P K S d"], Float[Array, "P K S d"]]:
+    pack: Packing | None = None,
+) -> tuple[Float[Array, "P W H d"] | Float[Array, "P K T stored d"], Float[Array, "P K S d"], Float[Array, "P K S d"]]:
     """Queries, keys and values side by side in a product, each head normed and rotated; keys and values are stored.
 
     ``scales`` are those of the norms of queries and keys, with the epsilon of the product, None without such
     norms. The caches belong to the P requests from ``first`` on; each stores its rows at slots ``length …``, moved back
-    to where they fit. Returns the queries of these requests and the caches.
+    to where they fit. Returns the queries of these requests, packed if ``pack`` says how, and the caches.
     """
     requests, heads, slots, head_dim = k_PKSd.shape
     pool = slice(first, first + requests)
@@ -74,4 +76,5 @@ def rotate_and_store(
     def stored(cache: Array, x: Array) -> Array:
         return cache.at[request_P1, :, slot_PW].set(x.astype(cache.dtype))
 
-    return rotated(q).astype(k_PKSd.dtype), stored(k_PKSd, rotated(k)), stored(v_PKSd, v)
+    q = rotated(q).astype(k_PKSd.dtype)
+    return q if pack is None else pack.packed(q), stored(k_PKSd, rotated(k)), stored(v_PKSd, v)

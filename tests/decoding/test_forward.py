@@ -11,8 +11,11 @@ from idlm_jax.backbone.adapter import TARGET_MODULES, Adapter, AdapterConfig, ab
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.backbone.weights import Params, abstract_params, fuse_projections
 from idlm_jax.config import ModelConfig
+from idlm_jax.decoding import forward as forward_module
 from idlm_jax.decoding.cache import cached_attention, init_pools
 from idlm_jax.decoding.forward import forward, forward_by
+from pallas_kernels.decode_attention.packing import Packing
+from pallas_kernels.decode_attention.reference import window_attention
 from pallas_kernels.decode_layer import product, reference
 from tests.decoding.support import tiny_config
 from tests.support import relative_error
@@ -95,6 +98,30 @@ def test_forward_by_operations_equals_the_model(
     assert_same(of_operations(absorbed, gate), wanted)
     if targets:
         assert_same(of_model(absorbed, gate), wanted)
+
+
+def test_attention_that_wants_packed_queries_gets_them_pool_by_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, asked = FAMILIES["qwen3"], []
+    group = config.num_attention_heads // config.num_key_value_heads
+
+    def packing(kernels: str, q: jax.ShapeDtypeStruct, k: jax.Array) -> Packing:
+        asked.append((kernels, q.shape, q.dtype))
+        return Packing(ROWS, k.shape[1], group)
+
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, prefix: jax.Array, mask: jax.Array, pack: Packing
+    ) -> jax.Array:
+        assert q.shape == pack.shape(len(k), config.head_dim)
+        one_tile = q[:, :, 0, : ROWS * group].reshape(*q.shape[:2], ROWS, group, -1)
+        return window_attention(one_tile.swapaxes(1, 2).reshape(len(k), ROWS, -1, config.head_dim), k, v, prefix, mask)
+
+    monkeypatch.setattr(forward_module, "packing", packing)
+    monkeypatch.setattr(forward_module, "packed_window_attention", attend)
+    model = Qwen3(config, params_of(config))
+    ours = forward_by(reference, model, *window(config), cache_of(model), None, "auto")
+    assert_same(ours, of_model(model, None))
+    shapes = [(requests, ROWS, config.num_attention_heads, config.head_dim) for requests, _ in POOLS]
+    assert asked == [("auto", shape, jnp.float32) for shape in shapes] * config.num_hidden_layers
 
 
 def test_in_bfloat16_it_is_no_farther_from_float32_than_the_model() -> None:

@@ -99,6 +99,16 @@ def test_kernel_is_as_right_as_the_reference_and_blind_to_what_it_may_not_see(si
     assert_no_worse_than_xla(ours, *arguments)
 
 
+def test_rows_that_fill_up_a_tile_of_packed_queries_may_hold_anything():
+    q, k, v, prefix, mask = inputs(14, 2, 7, 6, 2, 128, 64, [70, 3])
+    pack = gpu.packing(q, k, paged=False)
+    used = pack.packed(jnp.ones_like(q)) == 1
+    assert not used.all()
+    packed = jnp.where(used, pack.packed(q), jnp.nan)
+    ours = interpreted(partial(gpu.packed_window_attention, pack=pack), packed, k, v, prefix, mask, splits=2)
+    np.testing.assert_array_equal(ours, interpreted(gpu.window_attention, q, k, v, prefix, mask, splits=2))
+
+
 def test_half_precision():
     arguments = inputs(1, 1, 4, 4, 2, 128, 64, [77], jnp.float16)
     assert_no_worse_than_xla(interpreted(gpu.window_attention, *arguments, splits=2), *arguments)

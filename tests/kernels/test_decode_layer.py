@@ -15,6 +15,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import dispatch
+from pallas_kernels.decode_attention.packing import Packing
 from pallas_kernels.decode_layer import api, reference
 from pallas_kernels.decode_layer.product import Expand, Product
 from tests.kernels.interpreted_triton import interpret
@@ -141,6 +142,20 @@ def test_pools_get_the_rows_of_their_requests(kernels):
         wanted = reference.rotate_and_store(*arguments)
         assert wanted[0].shape[0] == requests
         assert_close(gpu.rotate_and_store(*arguments), wanted)
+
+
+# Whole tiles; rows that fill up a tile; several tiles, the last with window rows to spare.
+@pytest.mark.parametrize(("rows", "query_heads", "heads"), [(4, 4, 2), (7, 6, 2), (9, 12, 1)])
+def test_queries_are_packed_and_rows_that_fill_up_a_tile_are_left_alone(kernels, rows, query_heads, heads):
+    draw, pack = Draw(8), Packing(rows, heads, query_heads // heads)
+    product = heads_product(draw, 3, rows, query_heads, heads, 64, splits=2, squares=3, rank=16, first_row=2)
+    scales, tables, keys, values, length = rotation(draw, product, heads, 64, 24, jnp.float32)
+    arguments = product, scales, tables, keys[1:], values[1:], length, 1, pack
+    (ours, *caches), (wanted, *wanted_caches) = gpu.rotate_and_store(*arguments), reference.rotate_and_store(*arguments)
+    used = np.asarray(pack.packed(jnp.ones((2, rows, query_heads, 64)))) == 1
+    assert_close((jnp.where(used, ours, 0), *caches), (wanted, *wanted_caches))
+    if kernels == "interpreted":  # outputs begin as NaN
+        assert np.isnan(np.asarray(ours)[~used]).all()
 
 
 def all_operations(product, x, scale, rest):

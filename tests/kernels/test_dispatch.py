@@ -14,6 +14,7 @@ import pallas_kernels
 from pallas_kernels import dispatch
 from pallas_kernels.decode_attention import api as decode_api
 from pallas_kernels.decode_attention import reference as decode_reference
+from pallas_kernels.decode_attention.packing import Packing
 from pallas_kernels.range_attention import api as range_api
 from pallas_kernels.range_attention import cudnn
 from pallas_kernels.range_attention import reference as range_reference
@@ -147,6 +148,22 @@ def test_on_a_cpu_auto_is_the_reference():
     np.testing.assert_array_equal(
         decode_api.window_attention(*arguments), decode_reference.window_attention(*arguments)
     )
+
+
+@pytest.mark.parametrize(
+    ("device", "implementation", "dtype", "packs"),
+    [
+        (HOPPER, "auto", BF16, True),
+        (HOPPER, "xla", BF16, False),
+        (HOPPER, "auto", F32, False),
+        ("tpu", "auto", BF16, False),
+    ],
+)
+def test_only_the_hopper_kernel_wants_queries_packed(monkeypatch, device, implementation, dtype, packs):
+    on(monkeypatch, device)
+    q, k, *_ = window(dtype)
+    pack = decode_api.packing(implementation, jax.ShapeDtypeStruct(q.shape, q.dtype), k)
+    assert pack == (Packing(rows=2, heads=2, group=1) if packs else None)
 
 
 @pytest.mark.parametrize("device", [HOPPER, "tpu"])
