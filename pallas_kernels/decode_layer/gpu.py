@@ -34,9 +34,9 @@ def _power_of_two(size: int) -> int:
 
 def _tile(rows: int, splits: int, rank: int) -> tuple[int, int]:
     """Rows of a tile, and the warps of the program that finishes it."""
-    if rank:
-        return _ROWS if rows <= _FEW_ROWS else min(_MANY_ROWS, _SUMMANDS // splits), 8
-    return (_FEWEST_ROWS, 1) if rows <= _FEW_ROWS else (_ROWS, 4)
+    if rows <= _FEW_ROWS:
+        return (_ROWS, 8) if rank else (_FEWEST_ROWS, 1)
+    return min(_MANY_ROWS, _SUMMANDS // splits) if rank else _ROWS, 8
 
 
 def _operands(product: Product) -> tuple[Array, Array, Array, Array]:
@@ -100,7 +100,7 @@ def add(
 def gated(product: Product, dtype: jnp.dtype) -> Float[Array, "B W F"]:
     """As ``reference.gated``."""
     constants, width = _constants(product), product.columns // 2
-    tile = 2 * TILE if constants["ROWS"] > _ROWS else TILE
+    tile = 2 * TILE if constants["ROWS"] == _MANY_ROWS and constants["SPLITS"] == 1 else TILE
     return jax_triton.triton_call(
         *_operands(product),
         kernel=triton_kernels.gate_rows,
