@@ -131,7 +131,7 @@ class TrainConfig:
     freeze: tuple[str, ...] = ()
     # Of the forward and backward pass; trained weights are kept in float32.
     dtype: str = "bfloat16"
-    # What the backward pass computes again: "none", "dots" or "block".
+    # What the backward pass computes again: "none", "dots", "attention" or "block".
     remat: str = "block"
     # "auto": what is fastest here; "xla": no kernels.
     kernels: str = "auto"

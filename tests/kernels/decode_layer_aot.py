@@ -40,7 +40,8 @@ LAUNCHES_A_LAYER = 10
 LAUNCH = r"(?:fusion|custom-call|copy|copy-start|scatter|sort|reduce|transpose|dynamic-update-slice)\("
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
-kernels: dict[str, str] = {}
+# Name and bytes of shared memory of each, by its PTX.
+kernels: dict[str, tuple[str, int]] = {}
 
 
 def pretend_hopper() -> None:
@@ -50,7 +51,7 @@ def pretend_hopper() -> None:
     pallas_kernels.BY_DEFAULT = True
 
     def kernel(name, warps, ctas, shared, ptx, *rest):
-        kernels[ptx] = name
+        kernels[ptx] = name, shared
         return gpu_triton.TritonKernel(name, warps, ctas, shared, ptx, *rest)
 
     of_library = {name: getattr(gpu_triton, name) for name in dir(gpu_triton) if not name.startswith("__")}
@@ -116,13 +117,14 @@ def main() -> None:
             a_layer = launches(batch, rows, rank, 2) - launches(batch, rows, rank, 1)
             print(f"{batch} x {rows} rows, rank {rank}: {a_layer} launches a layer", flush=True)
             assert a_layer <= LAUNCHES_A_LAYER, (batch, rows, rank, a_layer)
-    for ptx, name in kernels.items():
+    for ptx, (name, shared) in kernels.items():
         with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
             file.write(ptx)
             file.flush()
             command = [PTXAS, "-arch=sm_90a", "-v", file.name, "-o", os.devnull]
             told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        print(name, re.search(r"Used \d+ registers", told)[0], re.search(r"\d+ bytes spill stores", told)[0])
+        numbers = (re.search(pattern, told)[0] for pattern in (r"Used \d+ registers", r"\d+ bytes spill stores"))
+        print(name, *numbers, f"{shared} bytes shared")
         assert "0 bytes spill stores, 0 bytes spill loads" in told, (name, told)
 
 

@@ -1,11 +1,23 @@
 """Triton kernels on the CPU: what ``jax_triton.triton_call`` launches is run by Triton's own interpreter instead."""
 
+import os
+from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+HAS_TRITON = bool(find_spec("triton") and find_spec("jax_triton"))
+ON_GPU = jax.default_backend() == "gpu"
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # must be set before Triton is imported
+# For a fixture that calls ``interpret`` where it is "interpreted".
+MODES = [
+    pytest.param("interpreted", marks=pytest.mark.skipif(ON_GPU or not HAS_TRITON, reason="needs Triton, and no GPU")),
+    pytest.param("gpu", marks=pytest.mark.gpu),
+]
 
 
 class _Storage:

@@ -18,19 +18,10 @@ from pallas_kernels import dispatch
 from pallas_kernels.decode_attention.packing import Packing
 from pallas_kernels.decode_layer import api, reference
 from pallas_kernels.decode_layer.product import Expand, Product
-from tests.kernels.interpreted_triton import interpret
+from tests.kernels.interpreted_triton import HAS_TRITON, MODES, ON_GPU, interpret
 
-HAS_TRITON = bool(find_spec("triton") and find_spec("jax_triton"))
-ON_GPU = jax.default_backend() == "gpu"
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # must be set before Triton is imported
 if HAS_TRITON:
     from pallas_kernels.decode_layer import gpu, triton_kernels
-
-MODES = [
-    pytest.param("interpreted", marks=pytest.mark.skipif(ON_GPU or not HAS_TRITON, reason="needs Triton, and no GPU")),
-    pytest.param("gpu", marks=pytest.mark.gpu),
-]
 
 
 @pytest.fixture(params=MODES)

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -18,12 +17,8 @@ import pallas_kernels
 from pallas_kernels import dispatch
 from pallas_kernels.verify import api, reference
 from pallas_kernels.verify.reference import COUPLINGS, LOWEST, PURPOSE_TOKEN, Drafts, Filters, RatioCoupling
-from tests.kernels.interpreted_triton import interpret
+from tests.kernels.interpreted_triton import HAS_TRITON, MODES, ON_GPU, interpret
 
-HAS_TRITON = bool(find_spec("triton") and find_spec("jax_triton"))
-ON_GPU = jax.default_backend() == "gpu"
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # must be set before Triton is imported
 if HAS_TRITON:
     import triton
     import triton.language as tl
@@ -35,10 +30,6 @@ _reference_draft = jax.jit(reference.draft, static_argnames=("coupling", "remove
 _reference_log_probs = jax.jit(reference.filtered_log_probs)
 # More than two tiles of every loop of the kernels, and no multiple of one.
 VOCAB, REMOVED = 9001, 7
-MODES = [
-    pytest.param("interpreted", marks=pytest.mark.skipif(ON_GPU or not HAS_TRITON, reason="needs Triton, and no GPU")),
-    pytest.param("gpu", marks=pytest.mark.gpu),
-]
 
 
 @pytest.fixture(params=MODES)

@@ -1,6 +1,6 @@
 """Write what our code computes for tiny training steps, for the PyTorch peer to compare itself with.
 
-    python scripts/peers/write_two_stream_check.py two_stream.npz         # where idlm_jax and jax are
+    python scripts/write_two_stream_check.py two_stream.npz         # where idlm_jax and jax are
     python scripts/peers/train_two_stream.py --check two_stream.npz       # where torch, transformers and peft are
 
 For each tiny case of the peer, in float32: tokens, group starts, weights under the names of a Hugging Face and a PEFT
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_train_step import model_config
 
 from idlm_jax.backbone.adapter import AdapterConfig
 from idlm_jax.backbone.weights import weight_table
@@ -24,19 +25,7 @@ from idlm_jax.training.metrics import useful_flops
 from idlm_jax.training.objective import Losses, Objective, training_loss
 from idlm_jax.training.params import ADAPTER, MASK_EMBEDDING, Flat, ModelBuilder, split_trained
 
-CONFIG = ModelConfig.from_hf(
-    {
-        "model_type": "qwen3",
-        "vocab_size": 256,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "mask_token_id": 255,
-    }
-)
+CONFIG = model_config("tiny")
 BATCH, LENGTH, RANK = 2, 200, 4
 POLICY = GroupPolicy(3)
 CASES = {
