@@ -151,6 +151,7 @@ def check_losses(settings: Settings) -> bool:
                 stages=(replace(config.stages[0], steps=settings.steps),),
                 length=1024,
                 batch_size=16 * jax.device_count(),
+                remat="block",  # plain JAX holds every score
                 evaluation=replace(config.evaluation, documents=0),
                 kernels=kernels,
             )
