@@ -242,8 +242,14 @@ def test_on_the_chip_kernels_at_the_size_of_qwen3_are_near_the_reference_and_rep
     for name, arguments in (("add", residual), ("gated", gate_up), ("rotate_and_store", rotated)):
         static = 1 if name == "gated" else ()
         ours, again = (jax.jit(getattr(gpu, name), static_argnums=static)(*arguments) for _ in range(2))
-        assert_close(ours, getattr(reference, name)(*arguments))
-        jax.tree.map(np.testing.assert_array_equal, again, ours)
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.float32(a), np.float32(b)), again, ours)
+        wanted = getattr(reference, name)(*arguments)
+        if name == "add":
+            # An entry may round the other way: the squares are those of the rounded sum, whichever it is.
+            (x, ours), (x_wanted, wanted) = ours, wanted
+            assert_close((x, ours.values_BWD), (x_wanted, wanted.values_BWD))
+            ours, wanted = ours.squares_BWT, reference.scale_rows(x, residual[2]).squares_BWT
+        assert_close(ours, wanted)
 
 
 def choose(implementation="auto", rows=7, dtype=jnp.bfloat16, head_dim=128, lacking=None):
