@@ -19,8 +19,10 @@ from jaxtyping import Array, Float
 # product again, and adds the summands up in a launch of its own, unless the splits here are about those it would make.
 _BLOCK, _MULTIPROCESSORS = 212, 132
 _MAX_SPLITS, _MIN_SUMMED = 8, 256
-# With more rows than this a product is wide enough, and float32 results cost more than they bring.
+# With more rows than this a product is wide enough.
 FEW_ROWS = 256
+# With more rows than this, float32 results of a product that is not split cost more than they bring.
+_FLOAT32_ROWS = 64
 
 
 def _static() -> Any:
@@ -120,7 +122,7 @@ def multiply(
     multiplied = partial(
         jnp.einsum,
         precision=jax.lax.Precision.HIGHEST if values.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32 if batch * rows <= FEW_ROWS else values.dtype,
+        preferred_element_type=jnp.float32 if splits > 1 or batch * rows <= _FLOAT32_ROWS else values.dtype,
     )
     if splits == 1:
         parts = multiplied("bwi,ic->bwc", values, kernel_IC)
