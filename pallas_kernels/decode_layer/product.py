@@ -19,8 +19,10 @@ from jaxtyping import Array, Float
 # product again, and adds the summands up in a launch of its own, unless the splits here are about those it would make.
 _BLOCK, _MULTIPROCESSORS = 212, 132
 _MAX_SPLITS, _MIN_SUMMED = 8, 256
-# With more rows than this a product is wide enough, and float32 results cost more than they bring.
-_FEW_ROWS = 256
+# With more rows than this a product is wide enough.
+FEW_ROWS = 256
+# With more rows than this, float32 results of a product that is not split cost more than they bring.
+_FLOAT32_ROWS = 64
 
 
 def _static() -> Any:
@@ -95,7 +97,7 @@ def splits_of(rows: int, inputs: int, columns: int) -> int:
     blocks, splits = math.ceil(rows / _BLOCK) * math.ceil(columns / _BLOCK), 1
     # XLA does not make a matrix product of one row.
     while (
-        rows > 1
+        1 < rows <= FEW_ROWS
         and 2 * splits * blocks <= _MULTIPROCESSORS
         and 2 * splits <= _MAX_SPLITS
         and inputs % (2 * splits) == 0
@@ -116,12 +118,11 @@ def multiply(
     """The product of rows and a kernel; ``columns`` are those before the columns of a LoRA's first half."""
     values = x.values_BWD if isinstance(x, Normed) else x
     batch, rows, inputs = values.shape
-    few = batch * rows <= _FEW_ROWS
-    splits = splits_of(batch * rows, inputs, kernel_IC.shape[1]) if few else 1
+    splits = splits_of(batch * rows, inputs, kernel_IC.shape[1])
     multiplied = partial(
         jnp.einsum,
         precision=jax.lax.Precision.HIGHEST if values.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32 if few else values.dtype,
+        preferred_element_type=jnp.float32 if splits > 1 or batch * rows <= _FLOAT32_ROWS else values.dtype,
     )
     if splits == 1:
         parts = multiplied("bwi,ic->bwc", values, kernel_IC)
