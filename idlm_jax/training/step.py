@@ -106,9 +106,6 @@ def make_train_step(
             # Where a kernel's result is kept for the backward pass, XLA would run the kernel twice: once into the array
             # of all layers' results, once for the layer itself.
             "xla_gpu_enable_dynamic_slice_fusion": False,
-            # Around products that XLA may compile itself it does not merge passes: gate, up and their product's
-            # gradient would be read three times over. For the thin products of an adapter its own are worth that.
-            "xla_gpu_enable_triton_gemm": builder.adapter is not None,
         }
     return jax.jit(step, donate_argnums=0, compiler_options=options)
 
