@@ -82,23 +82,17 @@ def forward_by(
     first_scale, *next_scales = (norm.scale[...] for norm in (*(block.input_layernorm for block in layers), model.norm))
     normed = scale_rows(x, first_scale)
     epsilon, new_cache = model.config.rms_norm_eps, []
-    next_kernels = [*(_kernel(block.self_attn.qkv_proj) for block in layers[1:]), None]
-    for block, next_scale, next_kernel, state in zip(layers, next_scales, next_kernels, cache, strict=True):
+    for block, next_scale, state in zip(layers, next_scales, cache, strict=True):
         attention, mlp = block.self_attn, block.mlp
         product = _product(cast("FusedLinear", attention.qkv_proj), normed, gate, epsilon)
         out, state = _attend(operations, attention, product, tables, length_B, mask_BWW, state, kernels)
         product = _product(attention.o_proj, out, gate, epsilon)
-        next_norm = block.post_attention_layernorm.scale[...]
-        x, normed = operations.add(x, product, next_norm, _kernel(mlp.gate_up_proj))
+        x, normed = operations.add(x, product, block.post_attention_layernorm.scale[...])
         product = _product(cast("FusedLinear", mlp.gate_up_proj), normed, gate, epsilon)
-        hidden = operations.gated(product, x.dtype, _kernel(mlp.down_proj))
-        x, normed = operations.add(x, _product(mlp.down_proj, hidden, gate, epsilon), next_scale, next_kernel)
+        hidden = operations.gated(product, x.dtype)
+        x, normed = operations.add(x, _product(mlp.down_proj, hidden, gate, epsilon), next_scale)
         new_cache.append(state)
     return model.norm(x), tuple(new_cache)
-
-
-def _kernel(linear: Linear | FusedLinear | AdaptedLinear | Sequence[Linear]) -> Float[Array, "I C"]:
-    return cast("FusedLinear", linear).kernel[...]  # ``_lacking`` has seen that projections are fused
 
 
 def _product(linear: Linear | FusedLinear | AdaptedLinear, x: Array | Normed, gate: int, epsilon: float) -> Product:
@@ -132,9 +126,7 @@ def _attend(
         requests, heads, _, size = keys.shape
         q_shape = requests, mask_BWW.shape[1], product.columns // size - 2 * heads, size
         pack = packing(kernels, jax.ShapeDtypeStruct(q_shape, keys.dtype), keys)
-        q, keys, values = operations.rotate_and_store(
-            product, scales, tables, keys, values, length_B, pool.start, pack, _kernel(attention.o_proj)
-        )
+        q, keys, values = operations.rotate_and_store(product, scales, tables, keys, values, length_B, pool.start, pack)
         window = length_B[pool], mask_BWW[pool]
         if pack is None:
             out = window_attention(q, keys, values, *window, implementation=kernels)

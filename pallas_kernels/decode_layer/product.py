@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 _BLOCK, _MULTIPROCESSORS = 212, 132
 _MAX_SPLITS, _MIN_SUMMED = 8, 256
 # With more rows than this a product is wide enough.
-FEW_ROWS = 256
+_FEW_ROWS = 256
 # With more rows than this, float32 results of a product that is not split cost more than they bring.
 _FLOAT32_ROWS = 64
 
@@ -97,7 +97,7 @@ def splits_of(rows: int, inputs: int, columns: int) -> int:
     blocks, splits = math.ceil(rows / _BLOCK) * math.ceil(columns / _BLOCK), 1
     # XLA does not make a matrix product of one row.
     while (
-        1 < rows <= FEW_ROWS
+        1 < rows <= _FEW_ROWS
         and 2 * splits * blocks <= _MULTIPROCESSORS
         and 2 * splits <= _MAX_SPLITS
         and inputs % (2 * splits) == 0

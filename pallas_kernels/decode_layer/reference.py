@@ -20,21 +20,14 @@ def scale_rows(x_BWD: Float[Array, "B W D"], scale_D: Float[Array, " D"]) -> Nor
 
 
 def add(
-    x_BWD: Float[Array, "B W D"],
-    product: Product,
-    scale_D: Float[Array, " D"],
-    ahead_IC: Float[Array, "I C"] | None = None,
+    x_BWD: Float[Array, "B W D"], product: Product, scale_D: Float[Array, " D"]
 ) -> tuple[Float[Array, "B W D"], Normed]:
-    """The product added to the residual stream, and the sum with the scale of the norm that comes next.
-
-    Here and below ``ahead`` is the kernel of the product that comes next: an implementation may prepare for it, and
-    results do not depend on it.
-    """
+    """The product added to the residual stream, and the sum with the scale of the norm that comes next."""
     x = (x_BWD.astype(jnp.float32) + product.finished()).astype(x_BWD.dtype)
     return x, scale_rows(x, scale_D)
 
 
-def gated(product: Product, dtype: jnp.dtype, ahead_IC: Float[Array, "I C"] | None = None) -> Float[Array, "B W F"]:
+def gated(product: Product, dtype: jnp.dtype) -> Float[Array, "B W F"]:
     """``silu(gate) * up`` of the halves of a product."""
     gate, up = jnp.split(product.finished(), 2, axis=-1)
     return (jax.nn.silu(gate) * up).astype(dtype)
@@ -49,7 +42,6 @@ def rotate_and_store(
     length_B: Int[Array, " B"],
     first: int = 0,
     pack: Packing | None = None,
-    ahead_IC: Float[Array, "I C"] | None = None,
 ) -> tuple[Float[Array, "P W H d"] | Float[Array, "P K T stored d"], Float[Array, "P K S d"], Float[Array, "P K S d"]]:
     """Queries, keys and values side by side in a product, each head normed and rotated; keys and values are stored.
 

@@ -14,9 +14,6 @@ Imports Triton, so it is imported only where these kernels are chosen.
 import triton
 import triton.language as tl
 
-# Threads of a program that ask for bytes ahead of the next product: one after the other, so few of them.
-LANES = tl.constexpr(4)
-
 
 @triton.jit
 def _parts(parts_ptr, row, column, inside, R: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr):
@@ -93,42 +90,11 @@ def _finished(
 
 
 @triton.jit
-def ask(first, is_real, PIECE: tl.constexpr):
-    """Let the L2 cache fetch PIECE bytes from each real address on, and do not wait for them."""
-    tl.inline_asm_elementwise(
-        f"""{{
-            .reg .pred real;
-            setp.ne.b32 real, $2, 0;
-            @real cp.async.bulk.prefetch.L2.global [$1], {PIECE};
-            mov.b32 $0, 0;
-        }}""",
-        "=r,l,r",
-        [first, is_real.to(tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _ask_ahead(
-    ahead_ptr, PIECE: tl.constexpr, PIECES: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr, THREADS: tl.constexpr
-):
-    """Ask for this program's share of what the next product reads first: PIECES pieces at the begin of each run."""
-    if PIECE > 0:
-        thread = tl.arange(0, THREADS)
-        piece = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * LANES + thread
-        offset = (piece // PIECES).to(tl.int64) * RUN + piece % PIECES * PIECE
-        ask(ahead_ptr.to(tl.int64) + offset, (thread < LANES) & (piece < PIECES * RUNS), PIECE)
-
-
-@triton.jit
 def add_rows(
-    parts_ptr, bias_ptr, squares_in_ptr, b_ptr, ahead_ptr, x_ptr, scale_ptr, sum_ptr, scaled_ptr, squares_ptr,
+    x_ptr, scale_ptr, parts_ptr, bias_ptr, squares_in_ptr, b_ptr, sum_ptr, scaled_ptr, squares_ptr,
     R: tl.constexpr, W: tl.constexpr, C: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr,
     T: tl.constexpr, TILES: tl.constexpr, INPUTS: tl.constexpr, EPSILON: tl.constexpr,
     RANK: tl.constexpr, RANKS: tl.constexpr, LORA_SCALE: tl.constexpr, FIRST_ROW: tl.constexpr,
-    PIECE: tl.constexpr, PIECES: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr, THREADS: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of rows and columns: residual sum, the sum times the next norm's scale, sums of squares."""
@@ -147,7 +113,6 @@ def add_rows(
     if RANK > 0:
         tl.debug_barrier()
     shrunk = _shrunk(parts_ptr, row, real, 0, R, C, N, SPLITS, RANK, RANKS)
-    _ask_ahead(ahead_ptr, PIECE, PIECES, RUNS, RUN, THREADS)
     y = _finished(
         parts, shrunk, b, squares_in, bias, row, W, T, INPUTS, EPSILON, RANK, LORA_SCALE, FIRST_ROW
     )  # fmt: skip
@@ -161,11 +126,10 @@ def add_rows(
 
 @triton.jit
 def gate_rows(
-    parts_ptr, bias_ptr, squares_in_ptr, b_ptr, ahead_ptr, out_ptr,
+    parts_ptr, bias_ptr, squares_in_ptr, b_ptr, out_ptr,
     R: tl.constexpr, W: tl.constexpr, C: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr,
     T: tl.constexpr, TILES: tl.constexpr, INPUTS: tl.constexpr, EPSILON: tl.constexpr,
     RANK: tl.constexpr, RANKS: tl.constexpr, LORA_SCALE: tl.constexpr, FIRST_ROW: tl.constexpr,
-    PIECE: tl.constexpr, PIECES: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr, THREADS: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of rows and columns: ``silu(gate) * up``, the two halves of the product."""
@@ -185,7 +149,6 @@ def gate_rows(
         tl.debug_barrier()
     gate_shrunk = _shrunk(parts_ptr, row, real, 0, R, C, N, SPLITS, RANK, RANKS)
     up_shrunk = _shrunk(parts_ptr, row, real, 1, R, C, N, SPLITS, RANK, RANKS)
-    _ask_ahead(ahead_ptr, PIECE, PIECES, RUNS, RUN, THREADS)
     gate = _finished(
         gate, gate_shrunk, gate_b, squares_in, gate_bias, row,
         W, T, INPUTS, EPSILON, RANK, LORA_SCALE, FIRST_ROW,
@@ -200,12 +163,11 @@ def gate_rows(
 
 @triton.jit
 def rotate_rows(
-    parts_ptr, bias_ptr, squares_in_ptr, b_ptr, ahead_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr, length_ptr,
+    parts_ptr, bias_ptr, squares_in_ptr, b_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr, length_ptr,
     k_old_ptr, v_old_ptr, q_ptr, k_ptr, v_ptr,
     R: tl.constexpr, W: tl.constexpr, C: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr,
     T: tl.constexpr, TILES: tl.constexpr, INPUTS: tl.constexpr, EPSILON: tl.constexpr,
     RANK: tl.constexpr, RANKS: tl.constexpr, LORA_SCALE: tl.constexpr, FIRST_ROW: tl.constexpr,
-    PIECE: tl.constexpr, PIECES: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr, THREADS: tl.constexpr,
     FIRST: tl.constexpr, POOL: tl.constexpr, H: tl.constexpr, K: tl.constexpr, S: tl.constexpr, HALF: tl.constexpr,
     NORM: tl.constexpr, TILES_Q: tl.constexpr, TILE_WINDOW: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -244,7 +206,6 @@ def rotate_rows(
     if RANK > 0:
         tl.debug_barrier()
     shrunk = _shrunk(parts_ptr, row, real, part, R, C, N, SPLITS, RANK, RANKS)
-    _ask_ahead(ahead_ptr, PIECE, PIECES, RUNS, RUN, THREADS)
     one = _finished(
         one, shrunk, one_b, squares_in, one_bias, row,
         W, T, INPUTS, EPSILON, RANK, LORA_SCALE, FIRST_ROW,

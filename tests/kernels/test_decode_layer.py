@@ -182,53 +182,6 @@ def test_requests_do_not_touch_each_other_whatever_their_neighbours_hold(kernels
         np.testing.assert_array_equal(ours[1], wanted[1])
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """First addresses and lengths of what the interpreted kernels ask the cache to fetch."""
-    pieces = []
-
-    def ask(first, is_real, piece):
-        pieces.extend((int(address), int(piece)) for address in first.handle.data[is_real.handle.data])
-
-    monkeypatch.setattr(triton_kernels, "ask", ask)
-    return pieces
-
-
-@pytest.mark.skipif(ON_GPU or not HAS_TRITON, reason="needs Triton, and no GPU")
-@pytest.mark.parametrize(("rows", "limit"), [((2, 7), 2**13), ((1, 3), 2**20), ((1, 1), 2**12), ((40, 7), 2**20)])
-def test_the_next_product_finds_its_first_weights_in_the_cache(monkeypatch, asked, rows, limit):
-    interpret(monkeypatch, gpu, triton_kernels)
-    for name in ("_AHEAD", "_AHEAD_OF_ATTENTION"):
-        monkeypatch.setattr(gpu, name, limit)
-    draw, kernel = Draw(9), np.zeros((1024, 128), np.float16)
-    monkeypatch.setattr(gpu, "splits_of", lambda *_: 4)
-    product = heads_product(draw, *rows, 4, 2, 64, splits=2)
-    scales, *rest = rotation(draw, product, 2, 64, 24, jnp.float32)
-    operations = {
-        "add": lambda *ahead: gpu.add(draw(*rows, 512), product, draw(512), *ahead),
-        "gated": lambda *ahead: gpu.gated(product, jnp.float32, *ahead),
-        "rotate_and_store": lambda *ahead: gpu.rotate_and_store(product, scales, *rest, 0, None, *ahead),
-    }
-    for run in operations.values():
-        asked.clear()
-        run()
-        assert not asked
-        run(kernel)
-        if rows[0] * rows[1] > 256:
-            assert not asked
-            continue
-        begin = min(first for first, _ in asked)
-        is_asked = np.zeros(kernel.nbytes, int)
-        for first, length in asked:
-            assert first % 16 == 0 and length % 16 == 0
-            is_asked[first - begin :][:length] += 1
-        runs = is_asked.reshape(4, -1)
-        count = runs[0].sum()
-        # Nothing twice, the first bytes of each run, and of the limit what whole pieces leave.
-        assert limit // 2 <= 4 * count <= limit or count == runs.shape[1]
-        np.testing.assert_array_equal(runs, np.arange(runs.shape[1]) < np.full((4, 1), count))
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("rank", [0, 128])
 @pytest.mark.parametrize(("batch", "splits"), [(1, 4), (32, 2), (64, 1)])
