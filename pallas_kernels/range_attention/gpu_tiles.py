@@ -21,7 +21,9 @@ from jaxtyping import Array, Float, Int
 HALF, TILE = 64, 128
 # TMA takes tiles of 8 rows, and the callers' arrays must hold a whole number of them.
 MULTIPLE = 8
-# Tiles of keys in flight; one for each consumer's own keys at the start.
+# Own keys before a tile's that groups of its first rows may hold; slots of rings have room for them.
+HALO = 16
+# Tiles of keys in flight.
 STAGES = 2
 # Of 504 that three warpgroups may share.
 CONSUMER_REGISTERS, LOADER_REGISTERS = 240, 24
@@ -189,26 +191,26 @@ def tile_buffers(rows: int, head_dim: int, dtype: Any, copies: int) -> Any:
     return plgpu.SMEM((copies, rows, head_dim), dtype, transforms=_ROW_MAJOR)
 
 
-def _own_base(tile: Array, wg: Array | int) -> Array:
-    """The first of the TILE own keys that a warpgroup's rows can see: those of its rows and as many before."""
-    return jnp.maximum(tile * TILE + (wg + 1) * HALF - TILE, 0)
+def _own_base(tile: Array) -> Array:
+    """The first of the HALO + TILE own keys that a tile's rows can see."""
+    return jnp.maximum(tile * TILE - HALO, 0)
 
 
 def load_keys(
     sources: Sequence[Any], tile: Array, tiles: int, kv_head: Array, rings: Sequence[tuple[Any, ...]], lag: int = 0
 ) -> None:
-    """The loading warpgroup: the own keys of each consumer, then all others' tiles, as slots come free.
+    """The loading warpgroup: the rows' own keys, then the clean ones tile by tile, as slots come free.
 
     Values come ``lag`` tiles behind the keys: a ring must not wait for a slot while the other's tile is needed sooner.
     """
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
     batch = lax.axis_index("batch")
     clean, *own = sources
-    for wg in range(2 if own else 0):
-        where = (batch, pl.ds(_own_base(tile, wg), TILE), kv_head)
-        for array, (ring, full, _) in zip(own[0][:2], rings, strict=True):
-            plgpu.copy_gmem_to_smem(array.at[where], ring.at[wg], full.at[wg])
-    before = 2 * len(own)
+    for source in own:
+        where = (batch, pl.ds(_own_base(tile), HALO + TILE), kv_head)
+        for array, (ring, full, _) in zip(source[:2], rings, strict=True):
+            plgpu.copy_gmem_to_smem(array.at[where], ring.at[0], full.at[0])
+    before = len(own)
     entry = (batch * tiles + tile) * 4
     first, count = clean.row_tiles[entry], clean.row_tiles[entry + 1]
 
@@ -217,7 +219,7 @@ def load_keys(
         slot = lax.rem(i, jnp.int32(STAGES))
         pl.when(i >= STAGES)(partial(plgpu.barrier_wait, free.at[slot]))
         where = (batch, pl.ds((first + i - before) * TILE, TILE), kv_head)
-        plgpu.copy_gmem_to_smem(array.at[where], buffer.at[slot], full.at[slot])
+        plgpu.copy_gmem_to_smem(array.at[where], buffer.at[slot, pl.ds(0, TILE)], full.at[slot])
 
     @pl.loop(before, before + count + lag)
     def _(i: Array) -> None:
@@ -236,11 +238,22 @@ def drain(count: Array, stages: int, barriers: Sequence[Any]) -> None:
             plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(stages))])
 
 
+class Place(NamedTuple):
+    """Where the rings hold a tile of keys."""
+
+    slot: Array
+    # Keys of the slot before the tile, over HALO: of the rows' own keys the second warpgroup takes the last TILE ones.
+    skipped: Array
+
+    def within(self, ring: Any) -> Any:
+        """The tile itself."""
+        return ring.at[self.slot, pl.ds(self.skipped * HALO, TILE)]
+
+
 class Visit(NamedTuple):
     """A tile of keys that a warpgroup's rows may see."""
 
-    # Where the rings hold it.
-    slot: Array
+    place: Place
     # Sets scores of invisible pairs to -inf.
     masked: Callable[[Array], Array]
 
@@ -268,32 +281,28 @@ def walk_keys(
     entry = (batch * tiles + tile) * 4
     first, count, largest_start, smallest_end = (clean.row_tiles[entry + column] for column in range(4))
     start, end = interval(clean)
+    before = len(own)
 
-    def visit(i: Array | int) -> Visit:
-        base = (first + i) * TILE
+    def visit(i: Array) -> Visit:
+        base = (first + i - before) * TILE
 
         def masked(scores: Array) -> Array:
             whole = (base >= largest_start) & (base + TILE <= smallest_end)
             return lax.cond(whole, lambda: scores, lambda: mask_scores(scores, base, start, end, 1))
 
-        return Visit(lax.rem(2 * len(own) + i, jnp.int32(STAGES)), masked)
+        return Visit(Place(lax.rem(i, jnp.int32(STAGES)), jnp.where(i < before, wg, 0)), masked)
 
+    opening = visit(jnp.int32(0))
     if own:
-        # The other consumer's.
-        for _, full, free in rings:
-            plgpu.barrier_wait(full.at[1 - wg])
-            plgpu.barrier_arrive(free.at[1 - wg])
-        bounds = interval(own[0])
-        carry = begin(Visit(wg, lambda scores: mask_scores(scores, _own_base(tile, wg), *bounds, 1)))
-    else:
-        carry = begin(visit(jnp.int32(0)))
-    return lax.fori_loop(0 if own else 1, count, lambda i, carry: step(visit(i), carry), carry)
+        base, bounds = _own_base(tile) + wg * HALO, interval(own[0])
+        opening = opening._replace(masked=lambda scores: mask_scores(scores, base, *bounds, 1))
+    return lax.fori_loop(1, before + count, lambda i, carry: step(visit(i), carry), begin(opening))
 
 
 def key_ring(head_dim: int, dtype: Any, stages: int) -> tuple[Any, ...]:
     """Slots for tiles, their full barriers, and their free ones, on which both consumers arrive."""
     return (
-        tile_buffers(TILE, head_dim, dtype, stages),
+        tile_buffers(HALO + TILE, head_dim, dtype, stages),
         plgpu.Barrier(num_barriers=stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
     )
