@@ -2,7 +2,7 @@
 
 A *source* is an array of keys and values with an interval of it for every row. The first is the clean keys; a second,
 where there are mask groups, is the rows' own keys. Tables say which tiles can hold a visible pair: others are never
-loaded, and tiles that all rows see whole skip the mask.
+loaded, and tiles that all of a warpgroup's rows see whole skip its mask.
 
 TMA clips: rows beyond the end of an array read as zeros and are not written.
 """
@@ -40,8 +40,8 @@ class Source(NamedTuple):
     # Rows are padded with empty intervals to whole tiles.
     start_BR: Int[Array, "B R"]
     end_BR: Int[Array, "B R"]
-    # For each TILE of rows: the first tile of keys, the number of them, the largest start and the smallest end.
-    row_tiles: Int[Array, " B*tiles*4"]
+    # For each TILE of rows: the first tile of keys and the number of them.
+    row_tiles: Int[Array, " B*tiles*2"]
     # For each HALF of rows: the largest start and the smallest end.
     row_bounds: Int[Array, " B*halves*2"]
     # For each TILE of keys: the first HALF of rows that may see it, and the number of them.
@@ -68,7 +68,6 @@ def make_source(
     count = jnp.maximum(-(-highest // TILE) - key_tile, 0)
     # Rows that see nothing visit one tile too, masked whole, so that a walk always has a first one.
     key_tile, count = jnp.where(count > 0, key_tile, 0), jnp.maximum(count, 1)
-    row_tiles = (key_tile, count, bounds[0].reshape(batch, -1, 2).max(2), bounds[1].reshape(batch, -1, 2).min(2))
 
     base = jnp.arange(0, length, TILE)[:, None]
     sees = (first[:, None] < base + TILE) & (last[:, None] > base)
@@ -79,7 +78,7 @@ def make_source(
     def table(*columns: Array) -> Array:
         return jnp.stack(columns, axis=2).reshape(-1).astype(jnp.int32)
 
-    return Source(k_BLKd, v_BLKd, start, end, table(*row_tiles), table(*bounds), table(first_half, halves))
+    return Source(k_BLKd, v_BLKd, start, end, table(key_tile, count), table(*bounds), table(first_half, halves))
 
 
 def zeros_of(*shape: int, layout: Any = _LAYOUT) -> Array:
@@ -211,8 +210,7 @@ def load_keys(
         for array, (ring, full, _) in zip(source[:2], rings, strict=True):
             plgpu.copy_gmem_to_smem(array.at[where], ring.at[0], full.at[0])
     before = len(own)
-    entry = (batch * tiles + tile) * 4
-    first, count = clean.row_tiles[entry], clean.row_tiles[entry + 1]
+    first, count = (clean.row_tiles[(batch * tiles + tile) * 2 + column] for column in range(2))
 
     def load(array: Any, ring: tuple[Any, ...], i: Array) -> None:
         buffer, full, free = ring
@@ -278,8 +276,9 @@ def walk_keys(
         return start, end
 
     clean, *own = sources
-    entry = (batch * tiles + tile) * 4
-    first, count, largest_start, smallest_end = (clean.row_tiles[entry + column] for column in range(4))
+    entry = (batch * tiles + tile) * 2
+    first, count = (clean.row_tiles[entry + column] for column in range(2))
+    largest_start, smallest_end = (clean.row_bounds[(entry + wg) * 2 + side] for side in range(2))
     start, end = interval(clean)
     before = len(own)
 
