@@ -69,14 +69,18 @@ class GroupPolicy:
     # "aligned": at multiples of the block size from the start of each document, as the official code has them.
     # "random": anywhere in the learnt text, drawn anew at each step.
     starts: str = "random"
-    # Noisy rows a clean token; aligned blocks that do not fit are left out and counted.
+    # Noisy rows a clean token: at most for random starts, at least for aligned ones, so that with 1 all blocks of one
+    # document fit. Aligned blocks that do not fit are left out and counted.
     density: float = 1.0
 
     def groups(self, length: int) -> int:
-        """Groups a row of ``length`` tokens: for a multiple of 8 noisy rows, as the hardware's tiles have them."""
-        least = max(1, -(-int(self.density * length) // self.block_size))
-        even = 8 // math.gcd(8, self.block_size)
-        return min(length, -(-least // even) * even)
+        """Groups a row of ``length`` tokens: for a multiple of 8 noisy rows, as the hardware's tiles have them.
+
+        Never fewer than one such multiple has, even where that is more than the density.
+        """
+        rows, step = int(self.density * length), math.lcm(8, self.block_size)
+        steps = rows // step if self.starts == "random" else -(-rows // step)
+        return min(length, max(1, steps) * step // self.block_size)
 
 
 @jax.tree_util.register_dataclass

@@ -9,12 +9,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.range_attention import gpu_kernels
-from pallas_kernels.range_attention.gpu_tiles import HALF, MULTIPLE, TILE, Source, make_source
+from pallas_kernels.range_attention.gpu_tiles import HALO, MULTIPLE, Source, make_source
 from pallas_kernels.range_attention.reference import RANGE_ATTENTION, GroupKV
 
 _DTYPES, _HEAD_DIMS = (jnp.bfloat16, jnp.float16), (64, 128)
-# Of larger groups the first rows would lie outside of the own keys that a warpgroup loads.
-_LARGEST_GROUP = TILE - HALF + 1
+# Of larger groups the first rows would lie outside of the own keys that a block loads.
+_LARGEST_GROUP = HALO + 1
 
 
 def refusal(dtype: Any, head_dim: int, group_size: int) -> str | None:

@@ -1,7 +1,7 @@
 """The Mosaic GPU kernels of range attention on Hopper: forward, gradient of the queries, gradients of keys and values.
 
 Two consumer warpgroups compute, a third only loads (``gpu_tiles``). Nothing is added atomically, so runs repeat bit by
-bit. Shared memory at head_dim 128: 161, 192 and 194 KiB of 227.
+bit. Shared memory at head_dim 128: 179, 208 and 196 KiB of 227.
 """
 
 import math
@@ -75,36 +75,33 @@ def forward(
 
         def begin(visit: Visit) -> Any:
             plgpu.barrier_wait(q_full.at[wg])
-            plgpu.barrier_wait(k_full.at[visit.slot])
-            (scores,) = products((q_s.at[wg], k_ring.at[visit.slot].T))
-            plgpu.barrier_arrive(k_free.at[visit.slot])
+            slot = visit.place.slot
+            plgpu.barrier_wait(k_full.at[slot])
+            (scores,) = products((q_s.at[wg], visit.place.within(k_ring).T))
+            plgpu.barrier_arrive(k_free.at[slot])
             # Finite, so that a row whose first tiles are masked whole does not subtract infinities.
             lowest = plgpu.layout_cast(jnp.full((HALF,), -1e30, jnp.float32), PER_ROW)
             p, largest, total, _ = softmax(visit.masked(scores), lowest, zeros_of(HALF, layout=PER_ROW))
-            plgpu.barrier_wait(v_full.at[visit.slot])
-            return zeros_of(HALF, head_dim), p.astype(dtype), largest, total, visit.slot
+            plgpu.barrier_wait(v_full.at[slot])
+            return zeros_of(HALF, head_dim), p.astype(dtype), largest, total, visit.place
 
         def step(visit: Visit, carry: Any) -> Any:
-            out, p16, largest, total, last = carry
-            plgpu.barrier_wait(k_full.at[visit.slot])
+            (out, p16, largest, total, last), slot = carry, visit.place.slot
+            plgpu.barrier_wait(k_full.at[slot])
             plgpu.barrier_wait(turns.at[wg])
 
-            v_is_there = partial(plgpu.barrier_wait, v_full.at[visit.slot])
-
             def scored(scores: Array) -> tuple[Array, ...]:
-                plgpu.barrier_arrive(k_free.at[visit.slot])
+                plgpu.barrier_arrive(k_free.at[slot])
                 result = lax.optimization_barrier(softmax(visit.masked(scores), largest, total))
                 # Here it keeps the compiler from moving the softmax behind the end of the sum.
-                pl.when(visit.slot != last)(v_is_there)
+                plgpu.barrier_wait(v_full.at[slot])
                 return result
 
-            scores = (q_s.at[wg], k_ring.at[visit.slot].T)
+            scores, v_s = (q_s.at[wg], visit.place.within(k_ring).T), last.within(v_ring)
             issued = partial(plgpu.barrier_arrive, turns.at[1 - wg])
-            out, (p, largest, total, shrink) = accumulate_under(out, p16, v_ring.at[last], p_s, scores, issued, scored)
-            plgpu.barrier_arrive(v_free.at[last])
-            # The slot that was in use until now: of the first tile after a warpgroup's own keys.
-            pl.when(visit.slot == last)(v_is_there)
-            return out * spread(shrink, out.shape, 0), p.astype(dtype), largest, total, visit.slot
+            out, (p, largest, total, shrink) = accumulate_under(out, p16, v_s, p_s, scores, issued, scored)
+            plgpu.barrier_arrive(v_free.at[last.slot])
+            return out * spread(shrink, out.shape, 0), p.astype(dtype), largest, total, visit.place
 
         @pl.when(wg < 2)
         def _() -> None:
@@ -113,8 +110,8 @@ def forward(
             plgpu.copy_gmem_to_smem(q_ref.at[b, mine, head], q_s.at[wg], q_full.at[wg])
             pl.when(wg == 1)(partial(plgpu.barrier_arrive, turns.at[0]))
             out, p16, largest, total, last = walk_keys(sources, tile, tiles, (k, v), begin, step)
-            (out,) = accumulate(out, p16, v_ring.at[last], p_s)
-            plgpu.barrier_arrive(v_free.at[last])
+            (out,) = accumulate(out, p16, last.within(v_ring), p_s)
+            plgpu.barrier_arrive(v_free.at[last.slot])
             pl.when(wg == 0)(partial(plgpu.barrier_wait, turns.at[0]))
             empty = total == 0.0
             total = jnp.where(empty, 1.0, total)
@@ -188,15 +185,15 @@ def query_gradient(
                 return step(visit, zeros_of(HALF, head_dim))
 
             def step(visit: Visit, dq: Array) -> Array:
-                k_s, v_s = (ring.at[visit.slot] for ring in (k_ring, v_ring))
-                plgpu.barrier_wait(k_full.at[visit.slot])
-                plgpu.barrier_wait(v_full.at[visit.slot])
+                slot, k_s, v_s = visit.place.slot, visit.place.within(k_ring), visit.place.within(v_ring)
+                plgpu.barrier_wait(k_full.at[slot])
+                plgpu.barrier_wait(v_full.at[slot])
                 scores, dp = products((q_s, k_s.T), (d_out_s, v_s.T))
-                plgpu.barrier_arrive(v_free.at[visit.slot])
+                plgpu.barrier_arrive(v_free.at[slot])
                 p = jnp.exp2(visit.masked(scores) * factor - spread(lse, scores.shape, 0))
                 ds = p * (dp - spread(delta, dp.shape, 0))
                 (dq,) = accumulate(dq, ds.astype(dtype), k_s, staging)
-                plgpu.barrier_arrive(k_free.at[visit.slot])
+                plgpu.barrier_arrive(k_free.at[slot])
                 return dq
 
             dq = walk_keys(sources, tile, tiles, rings, begin, step)

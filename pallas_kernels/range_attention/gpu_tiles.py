@@ -2,7 +2,7 @@
 
 A *source* is an array of keys and values with an interval of it for every row. The first is the clean keys; a second,
 where there are mask groups, is the rows' own keys. Tables say which tiles can hold a visible pair: others are never
-loaded, and tiles that all rows see whole skip the mask.
+loaded, and tiles that all of a warpgroup's rows see whole skip its mask.
 
 TMA clips: rows beyond the end of an array read as zeros and are not written.
 """
@@ -21,7 +21,9 @@ from jaxtyping import Array, Float, Int
 HALF, TILE = 64, 128
 # TMA takes tiles of 8 rows, and the callers' arrays must hold a whole number of them.
 MULTIPLE = 8
-# Tiles of keys in flight; one for each consumer's own keys at the start.
+# Own keys before a tile's that groups of its first rows may hold; slots of rings have room for them.
+HALO = 16
+# Tiles of keys in flight.
 STAGES = 2
 # Of 504 that three warpgroups may share.
 CONSUMER_REGISTERS, LOADER_REGISTERS = 240, 24
@@ -38,8 +40,8 @@ class Source(NamedTuple):
     # Rows are padded with empty intervals to whole tiles.
     start_BR: Int[Array, "B R"]
     end_BR: Int[Array, "B R"]
-    # For each TILE of rows: the first tile of keys, the number of them, the largest start and the smallest end.
-    row_tiles: Int[Array, " B*tiles*4"]
+    # For each TILE of rows: the first tile of keys and the number of them.
+    row_tiles: Int[Array, " B*tiles*2"]
     # For each HALF of rows: the largest start and the smallest end.
     row_bounds: Int[Array, " B*halves*2"]
     # For each TILE of keys: the first HALF of rows that may see it, and the number of them.
@@ -66,7 +68,6 @@ def make_source(
     count = jnp.maximum(-(-highest // TILE) - key_tile, 0)
     # Rows that see nothing visit one tile too, masked whole, so that a walk always has a first one.
     key_tile, count = jnp.where(count > 0, key_tile, 0), jnp.maximum(count, 1)
-    row_tiles = (key_tile, count, bounds[0].reshape(batch, -1, 2).max(2), bounds[1].reshape(batch, -1, 2).min(2))
 
     base = jnp.arange(0, length, TILE)[:, None]
     sees = (first[:, None] < base + TILE) & (last[:, None] > base)
@@ -77,7 +78,7 @@ def make_source(
     def table(*columns: Array) -> Array:
         return jnp.stack(columns, axis=2).reshape(-1).astype(jnp.int32)
 
-    return Source(k_BLKd, v_BLKd, start, end, table(*row_tiles), table(*bounds), table(first_half, halves))
+    return Source(k_BLKd, v_BLKd, start, end, table(key_tile, count), table(*bounds), table(first_half, halves))
 
 
 def zeros_of(*shape: int, layout: Any = _LAYOUT) -> Array:
@@ -189,35 +190,34 @@ def tile_buffers(rows: int, head_dim: int, dtype: Any, copies: int) -> Any:
     return plgpu.SMEM((copies, rows, head_dim), dtype, transforms=_ROW_MAJOR)
 
 
-def _own_base(tile: Array, wg: Array | int) -> Array:
-    """The first of the TILE own keys that a warpgroup's rows can see: those of its rows and as many before."""
-    return jnp.maximum(tile * TILE + (wg + 1) * HALF - TILE, 0)
+def _own_base(tile: Array) -> Array:
+    """The first of the HALO + TILE own keys that a tile's rows can see."""
+    return jnp.maximum(tile * TILE - HALO, 0)
 
 
 def load_keys(
     sources: Sequence[Any], tile: Array, tiles: int, kv_head: Array, rings: Sequence[tuple[Any, ...]], lag: int = 0
 ) -> None:
-    """The loading warpgroup: the own keys of each consumer, then all others' tiles, as slots come free.
+    """The loading warpgroup: the rows' own keys, then the clean ones tile by tile, as slots come free.
 
     Values come ``lag`` tiles behind the keys: a ring must not wait for a slot while the other's tile is needed sooner.
     """
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
     batch = lax.axis_index("batch")
     clean, *own = sources
-    for wg in range(2 if own else 0):
-        where = (batch, pl.ds(_own_base(tile, wg), TILE), kv_head)
-        for array, (ring, full, _) in zip(own[0][:2], rings, strict=True):
-            plgpu.copy_gmem_to_smem(array.at[where], ring.at[wg], full.at[wg])
-    before = 2 * len(own)
-    entry = (batch * tiles + tile) * 4
-    first, count = clean.row_tiles[entry], clean.row_tiles[entry + 1]
+    for source in own:
+        where = (batch, pl.ds(_own_base(tile), HALO + TILE), kv_head)
+        for array, (ring, full, _) in zip(source[:2], rings, strict=True):
+            plgpu.copy_gmem_to_smem(array.at[where], ring.at[0], full.at[0])
+    before = len(own)
+    first, count = (clean.row_tiles[(batch * tiles + tile) * 2 + column] for column in range(2))
 
     def load(array: Any, ring: tuple[Any, ...], i: Array) -> None:
         buffer, full, free = ring
         slot = lax.rem(i, jnp.int32(STAGES))
         pl.when(i >= STAGES)(partial(plgpu.barrier_wait, free.at[slot]))
         where = (batch, pl.ds((first + i - before) * TILE, TILE), kv_head)
-        plgpu.copy_gmem_to_smem(array.at[where], buffer.at[slot], full.at[slot])
+        plgpu.copy_gmem_to_smem(array.at[where], buffer.at[slot, pl.ds(0, TILE)], full.at[slot])
 
     @pl.loop(before, before + count + lag)
     def _(i: Array) -> None:
@@ -236,11 +236,22 @@ def drain(count: Array, stages: int, barriers: Sequence[Any]) -> None:
             plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(stages))])
 
 
+class Place(NamedTuple):
+    """Where the rings hold a tile of keys."""
+
+    slot: Array
+    # Keys of the slot before the tile, over HALO: of the rows' own keys the second warpgroup takes the last TILE ones.
+    skipped: Array
+
+    def within(self, ring: Any) -> Any:
+        """The tile itself."""
+        return ring.at[self.slot, pl.ds(self.skipped * HALO, TILE)]
+
+
 class Visit(NamedTuple):
     """A tile of keys that a warpgroup's rows may see."""
 
-    # Where the rings hold it.
-    slot: Array
+    place: Place
     # Sets scores of invisible pairs to -inf.
     masked: Callable[[Array], Array]
 
@@ -265,35 +276,32 @@ def walk_keys(
         return start, end
 
     clean, *own = sources
-    entry = (batch * tiles + tile) * 4
-    first, count, largest_start, smallest_end = (clean.row_tiles[entry + column] for column in range(4))
+    entry = (batch * tiles + tile) * 2
+    first, count = (clean.row_tiles[entry + column] for column in range(2))
+    largest_start, smallest_end = (clean.row_bounds[(entry + wg) * 2 + side] for side in range(2))
     start, end = interval(clean)
+    before = len(own)
 
-    def visit(i: Array | int) -> Visit:
-        base = (first + i) * TILE
+    def visit(i: Array) -> Visit:
+        base = (first + i - before) * TILE
 
         def masked(scores: Array) -> Array:
             whole = (base >= largest_start) & (base + TILE <= smallest_end)
             return lax.cond(whole, lambda: scores, lambda: mask_scores(scores, base, start, end, 1))
 
-        return Visit(lax.rem(2 * len(own) + i, jnp.int32(STAGES)), masked)
+        return Visit(Place(lax.rem(i, jnp.int32(STAGES)), jnp.where(i < before, wg, 0)), masked)
 
+    opening = visit(jnp.int32(0))
     if own:
-        # The other consumer's.
-        for _, full, free in rings:
-            plgpu.barrier_wait(full.at[1 - wg])
-            plgpu.barrier_arrive(free.at[1 - wg])
-        bounds = interval(own[0])
-        carry = begin(Visit(wg, lambda scores: mask_scores(scores, _own_base(tile, wg), *bounds, 1)))
-    else:
-        carry = begin(visit(jnp.int32(0)))
-    return lax.fori_loop(0 if own else 1, count, lambda i, carry: step(visit(i), carry), carry)
+        base, bounds = _own_base(tile) + wg * HALO, interval(own[0])
+        opening = opening._replace(masked=lambda scores: mask_scores(scores, base, *bounds, 1))
+    return lax.fori_loop(1, before + count, lambda i, carry: step(visit(i), carry), begin(opening))
 
 
 def key_ring(head_dim: int, dtype: Any, stages: int) -> tuple[Any, ...]:
     """Slots for tiles, their full barriers, and their free ones, on which both consumers arrive."""
     return (
-        tile_buffers(TILE, head_dim, dtype, stages),
+        tile_buffers(HALO + TILE, head_dim, dtype, stages),
         plgpu.Barrier(num_barriers=stages),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
     )

@@ -78,7 +78,7 @@ def chosen(monkeypatch, name, implementation, **sizes):
     ("device", "name", "sizes", "wanted", "why"),
     [
         (HOPPER, "range", {}, "pallas", ""),
-        (HOPPER, "range", {"group_size": 66}, "cudnn", "groups of up to 65 rows, not 66"),
+        (HOPPER, "range", {"group_size": 18}, "cudnn", "groups of up to 17 rows, not 18"),
         (HOPPER, "range", {"head_dim": 96}, "cudnn", "head_dim 64 or 128, not 96"),
         (HOPPER, "range", {"dtype": F32}, "xla", "bfloat16 or float16, not float32"),
         ("gpu 8.0", "range", {}, "cudnn", "needs a Hopper GPU (compute capability 9.0) or a TPU, not gpu 8.0"),

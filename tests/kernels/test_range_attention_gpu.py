@@ -71,12 +71,21 @@ def exact(q, k, v, start, end, group, cotangent, size):
 
 
 def assert_close(ours, wanted, tolerance=5e-3):
+    """Relative to each array, but for what float32 leaves of a gradient that is a difference of equals, hence 0.
+
+    The equals are sums of head_dim products, up to 128 of them and each rounded to 2^-24: 1e-5 of the largest array.
+    """
+    ours, wanted = ([np.asarray(array, np.float64) for array in arrays] for arrays in (ours, wanted))
+    norm, entry = (max(map(size, wanted)) * 1e-5 for size in (np.linalg.norm, largest))
     for mine, right in zip(ours, wanted, strict=True):
-        mine, right = np.asarray(mine, np.float64), np.asarray(right, np.float64)
         assert mine.shape == right.shape and np.isfinite(mine).all()
         assert np.abs(mine[right == 0]).max(initial=0) <= 1e-5
-        assert np.linalg.norm(mine - right) <= tolerance * np.linalg.norm(right)
-        assert np.abs(mine - right).max() <= 4 * tolerance * np.abs(right).max()
+        assert np.linalg.norm(mine - right) <= tolerance * np.linalg.norm(right) + norm
+        assert largest(mine - right) <= 4 * tolerance * largest(right) + entry
+
+
+def largest(array):
+    return np.abs(array).max()
 
 
 def scattered(rng, batch, rows, length):
@@ -99,11 +108,12 @@ def nothing(rng, batch, rows, length):
 
 
 # (batch, rows, keys, query heads, key heads, head_dim), group size, intervals: tiles that are cut off, groups that lie
-# across tiles and warpgroups, documents of one token, rows that see nothing.
+# across tiles and warpgroups, documents of one token, rows that see nothing, a row that sees only itself.
 CASES = {
     "scattered": ((1, 150, 200, 2, 1, 64), None, scattered),
-    "groups of 3": ((1, 195, 136, 1, 1, 64), 3, packed(50)),
+    "groups of 3": ((1, 249, 136, 1, 1, 64), 3, packed(50)),
     "groups of 15": ((2, 75, 40, 1, 1, 128), 15, packed(9)),
+    "one row": ((1, 1, 1, 1, 1, 64), 1, nothing),
 }
 
 
@@ -158,14 +168,11 @@ def test_tables_hold_every_visible_pair_and_skip_the_mask_only_where_all_is_visi
     for row in range(rows):
         visible[row, start[0, row] : end[0, row]] = True
     by_tile = visible.reshape(-1, tile, visible.shape[1] // tile, tile)
-    for i, (first, count, largest_start, smallest_end) in enumerate(source.row_tiles.reshape(-1, 4)):
-        outside = np.delete(by_tile[i].any((0, 2)), slice(first, first + count))
-        assert not outside.any()
-        for j in range(by_tile.shape[2]):
-            if j * tile >= largest_start and (j + 1) * tile <= smallest_end:
-                assert by_tile[i, :, j].all()
+    for i, (first, count) in enumerate(source.row_tiles.reshape(-1, 2)):
+        assert not np.delete(by_tile[i].any((0, 2)), slice(first, first + count)).any()
     by_half = visible.reshape(-1, half, visible.shape[1] // half, half)
     for i, (largest_start, smallest_end) in enumerate(source.row_bounds.reshape(-1, 2)):
+        # Whole halves make whole tiles.
         for j in range(by_half.shape[2]):
             if j * half >= largest_start and (j + 1) * half <= smallest_end:
                 assert by_half[i, :, j].all()
@@ -181,7 +188,7 @@ def test_the_kernels_say_what_they_do_not_take():
     for wrong, message in [
         ({"dtype": jnp.float32}, "not float32"),
         ({"head_dim": 80}, "not 80"),
-        ({"size": 66}, "up to 65 rows, not 66"),
+        ({"size": 18}, "up to 17 rows, not 18"),
     ]:
         with pytest.raises(ValueError, match=message):
             check(**wrong)
@@ -228,8 +235,7 @@ GPU_CASES = CASES | {
     "packed": ((2, 2048, 2048, 6, 2, 64), None, scattered),
     "groups of 1": ((1, 1000, 1024, 4, 2, 128), 1, packed(300)),
     "groups of 7": ((2, 1001, 1024, 8, 2, 128), 7, packed(300)),
-    "groups of 65": ((1, 650, 500, 2, 1, 128), 65, packed(300)),
-    "one row": ((1, 1, 1, 1, 1, 64), 1, nothing),
+    "groups of 17": ((1, 2040, 500, 2, 1, 128), 17, packed(300)),
 }
 
 

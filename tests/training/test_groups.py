@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy import stats
 
 from idlm_jax.backbone.sharding import BATCH_AXES, MESH_AXES
-from idlm_jax.training.groups import Batch, GroupPolicy, NoisyRows, draw_groups
+from idlm_jax.training.groups import STARTS, Batch, GroupPolicy, NoisyRows, draw_groups
 from tests.training.support import KEY, batch_of, compiled, random_batch, streams, tiny_builder, tiny_params
 
 LENGTH, MASK = 24, 99
@@ -174,10 +174,23 @@ def test_no_group_reaches_past_a_hole_of_the_loss_mask() -> None:
 
 
 @pytest.mark.parametrize(
-    ("density", "block", "groups"), [(1.0, 3, 8), (1.0, 7, 8), (0.5, 4, 4), (2.0, 3, 16), (0.01, 2, 4), (9.0, 1, 24)]
+    ("density", "block", "random", "aligned"),
+    [
+        (1.0, 3, 8, 8),
+        (1.0, 7, 8, 8),
+        (0.5, 4, 2, 4),
+        (1.9, 3, 8, 16),
+        (2.0, 3, 16, 16),
+        (0.01, 2, 4, 4),
+        (9.0, 1, 24, 24),
+    ],
 )
-def test_density_is_noisy_rows_a_clean_token_up_to_whole_tiles(density: float, block: int, groups: int) -> None:
-    policy = GroupPolicy(block, density=density)
+@pytest.mark.parametrize("starts", STARTS)
+def test_density_is_noisy_rows_a_clean_token_in_whole_tiles(
+    density: float, block: int, random: int, aligned: int, starts: str
+) -> None:
+    policy = GroupPolicy(block, starts, density)
+    groups = random if starts == "random" else aligned
     assert policy.groups(LENGTH) == groups
     batch = batch_of(np.zeros((1, LENGTH), int), np.ones((1, LENGTH), bool))
     assert draw(batch, policy, MASK, KEY).tokens.shape == (1, groups * block)
