@@ -26,10 +26,11 @@ _GROUP = 16
 # Warps of a program that draws, and the values that it reads at once.
 _DRAW_WARPS = 4
 _TILE = 512
-_STAGES = 3
+# Reads under way of a program that summarizes, which few others share a multiprocessor with, and of one that draws.
+_STAGES, _DRAW_STAGES = 5, 3
 # A value must be the same wherever it is computed again: with multiplications fused into the subtraction of the
 # largest value, that value less itself would not be 0.
-_COMMON = {"STAGES": _STAGES, "enable_fp_fusion": False}
+_COMMON = {"enable_fp_fusion": False}
 
 
 @jax.tree_util.register_dataclass
@@ -72,10 +73,10 @@ def summarize(
     warps = _WARPS[rows > _FEW_ROWS]
     lanes = _WARP_LANES * warps
     room = _ROOM * lanes
-    scratch = room + lanes * -(-vocabulary // (_GROUP * lanes))
+    groups = lanes * -(-vocabulary // (_GROUP * lanes))
     shapes = [jax.ShapeDtypeStruct(row_BR.shape, dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)]
     shapes += [jax.ShapeDtypeStruct(row_BR.shape, jnp.int32)] * 2
-    shapes += [jax.ShapeDtypeStruct((rows, scratch), dtype) for dtype in (jnp.float32, jnp.int32)]
+    shapes += [jax.ShapeDtypeStruct((rows, room + groups), dtype) for dtype in (jnp.float32, jnp.int32)]
     threshold, maximum, log_total, best, token, _, _ = jax_triton.triton_call(
         logits_BWV,
         _flat(row_BR, logits_BWV.shape[1]),
@@ -92,10 +93,11 @@ def summarize(
         ROOM=room,
         LANES=lanes,
         GROUP=_GROUP,
-        SCRATCH=scratch,
+        GROUPS=groups,
         REMOVED=-1 if removed is None else removed,
         NORMALISE=normalise,
         DRAW=key_BR is not None,
+        STAGES=_STAGES,
         **_COMMON,
     )
     return Summary(threshold, maximum, best, log_total, token)
@@ -134,6 +136,7 @@ def draw(
         PART=part,
         TILE=_TILE,
         REMOVED=-1 if removed is None else removed,
+        STAGES=_DRAW_STAGES,
         **_COMMON,
     )
     winner = jnp.argmax(score, axis=1, keepdims=True)  # the first of equals: the lowest token

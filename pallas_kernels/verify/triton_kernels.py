@@ -164,18 +164,17 @@ def _lowest_kept(
 @triton.jit
 def _collect(
     logits_ptr, sharpness, lowest, values_ptr, tokens_ptr,
-    V: tl.constexpr, ROOM: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, REMOVED: tl.constexpr,
-    STAGES: tl.constexpr,
+    V: tl.constexpr, ROOM: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    REMOVED: tl.constexpr,
 ):  # fmt: skip
     """Store the row's tempered values from ``lowest`` on, and their tokens; their number, above ROOM if too many.
 
     Behind ROOM are the maxima of the groups; beside them the numbers of the groups to read are listed.
     """
-    GROUPS: tl.constexpr = tl.cdiv(V, GROUP * LANES) * LANES
     AT_ONCE: tl.constexpr = LANES // GROUP
     lane = tl.arange(0, LANES)
     groups = tl.full((), 0, tl.int32)
-    for start in tl.range(0, GROUPS, LANES, num_stages=STAGES):
+    for start in range(0, GROUPS, LANES):
         maxima = tl.load(values_ptr + ROOM + start + lane)
         taken = (_order(maxima) >= lowest).to(tl.int32)
         tl.store(tokens_ptr + ROOM + groups + tl.cumsum(taken, axis=0) - 1, start + lane, mask=taken > 0)
@@ -190,8 +189,9 @@ def _collect(
         values = _load(logits_ptr, token, token < V, sharpness, REMOVED)
         taken = ((_order(values) >= lowest) & (token < V)).to(tl.int32)
         place = count + tl.cumsum(taken, axis=0) - 1
-        tl.store(values_ptr + place, values, mask=(taken > 0) & (place < ROOM))
-        tl.store(tokens_ptr + place, token, mask=(taken > 0) & (place < ROOM))
+        # Those without room, fewer than LANES, overwrite the list, which is read no further then.
+        tl.store(values_ptr + place, values, mask=taken > 0)
+        tl.store(tokens_ptr + place, token, mask=taken > 0)
         count += tl.sum(taken, axis=0)
         start += AT_ONCE
     tl.debug_barrier()
@@ -202,7 +202,7 @@ def _collect(
 def summarize_rows(
     logits_all_ptr, row_ptr, greedy_ptr, sharpness_ptr, top_k_ptr, top_p_ptr, key_ptr,
     threshold_ptr, maximum_ptr, log_total_ptr, best_ptr, token_ptr, values_all_ptr, tokens_all_ptr,
-    V: tl.constexpr, ROOM: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, SCRATCH: tl.constexpr,
+    V: tl.constexpr, ROOM: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     REMOVED: tl.constexpr, NORMALISE: tl.constexpr, DRAW: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program a row: threshold of top-k, then top-p; with NORMALISE the largest value, where it is, and log-sum.
@@ -220,12 +220,13 @@ def summarize_rows(
     top_k = tl.load(top_k_ptr + program)
     top_p = tl.load(top_p_ptr + program)
     filtering = ((top_k > 0) | (top_p < 1)) & ~greedy
+    weighing = (top_k == 0) | greedy  # else the mass of all values is of no use
     tl.store(threshold_ptr + program, LOWEST)
     tl.store(token_ptr + program, -1)
     if NORMALISE or filtering:
         logits_ptr = logits_all_ptr + tl.load(row_ptr + program).to(tl.int64) * V
-        values_ptr = values_all_ptr + program.to(tl.int64) * SCRATCH
-        tokens_ptr = tokens_all_ptr + program.to(tl.int64) * SCRATCH
+        values_ptr = values_all_ptr + program.to(tl.int64) * (ROOM + GROUPS)
+        tokens_ptr = tokens_all_ptr + program.to(tl.int64) * (ROOM + GROUPS)
         lane = tl.arange(0, LANES)
         maxima = tl.full((LANES,), FLOOR, tl.float32)
         of_group = tl.full((LANES,), FLOOR, tl.float32)
@@ -234,8 +235,9 @@ def summarize_rows(
         for start in tl.range(0, V, LANES, num_stages=STAGES):
             values = _load(logits_ptr, start + lane, start + lane < V, sharpness, REMOVED)
             higher = values > maxima
-            ratio = tl.exp(-tl.abs(values - maxima))
-            totals = tl.where(higher, totals * ratio + 1.0, totals + ratio)
+            if weighing:
+                ratio = tl.exp(-tl.abs(values - maxima))
+                totals = tl.where(higher, totals * ratio + 1.0, totals + ratio)
             places = tl.where(higher, start + lane, places)
             maxima = tl.maximum(maxima, values)
             of_group = tl.maximum(of_group, values)
@@ -244,6 +246,9 @@ def summarize_rows(
                 of_group = tl.full((LANES,), FLOOR, tl.float32)
         maximum = tl.max(maxima, axis=0)
         total = tl.sum(totals * tl.exp(maxima - maximum), axis=0)
+        if NORMALISE:
+            tl.store(maximum_ptr + program, maximum)
+            tl.store(best_ptr + program, tl.min(tl.where(maxima == maximum, places, V), axis=0))
         if filtering:
             by_mass = (top_k == 0) & (tl.sum(tl.exp(maxima - maximum), axis=0) >= top_p * total)
             # For top-p without enough mass, the bound that 7/8 of the lanes reach: about 2 LANES candidates.
@@ -254,7 +259,7 @@ def summarize_rows(
             lowest = _order(tl.min(maxima, axis=0))
             lowest = _search(values_ptr, LANES, lowest, maximum, target, by_mass, 1.0, LANES, -1)
             count = _collect(
-                logits_ptr, sharpness, lowest, values_ptr, tokens_ptr, V, ROOM, LANES, GROUP, REMOVED, STAGES
+                logits_ptr, sharpness, lowest, values_ptr, tokens_ptr, V, ROOM, LANES, GROUP, GROUPS, REMOVED
             )
             enough = (count <= ROOM) & (by_mass | (count >= top_k))
             FEW: tl.constexpr = LANES // 4
@@ -272,9 +277,7 @@ def summarize_rows(
                 )
             tl.store(threshold_ptr + program, lowest)
         if NORMALISE:
-            tl.store(maximum_ptr + program, maximum)
             tl.store(log_total_ptr + program, tl.log(total))
-            tl.store(best_ptr + program, tl.min(tl.where(maxima == maximum, places, V), axis=0))
 
 
 @triton.jit
