@@ -241,7 +241,7 @@ def summarize_rows(
             places = tl.where(higher, start + lane, places)
             maxima = tl.maximum(maxima, values)
             of_group = tl.maximum(of_group, values)
-            if (start // LANES % GROUP == GROUP - 1) | (start + LANES >= V):
+            if filtering & ((start // LANES % GROUP == GROUP - 1) | (start + LANES >= V)):
                 tl.store(values_ptr + ROOM + start // LANES // GROUP * LANES + lane, of_group)
                 of_group = tl.full((LANES,), FLOOR, tl.float32)
         maximum = tl.max(maxima, axis=0)
