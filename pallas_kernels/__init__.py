@@ -3,6 +3,5 @@
 # What a user chooses: the best implementation that runs here, or plain JAX everywhere.
 KERNELS = ("auto", "xla")
 
-# Whether "auto" takes the kernels, those for GPUs and those for TPUs: not before scripts/check_kernels.py has passed on
-# an H100. Until then they run when they are asked for by name.
-BY_DEFAULT: bool = False
+# Whether "auto" takes the kernels, those for GPUs and those for TPUs. scripts/check_kernels.py must pass on an H100.
+BY_DEFAULT: bool = True

@@ -10,7 +10,8 @@ true where this passes:
 3. texts of the model, greedy and with common random numbers. In float32 all must be those of AR without kernels (the
    attention stays in plain JAX there); in bfloat16 near ties flip, so the kernels may flip no more than twice as many
    texts as a window of another width does without them;
-4. losses of an adapter's first training steps, within one percent of those without kernels at every step.
+4. losses of an adapter's first steps: those in bfloat16 may be, on average, no more than twice as far from those in
+   float32 with the kernels as they are without.
 
 Without ``--data`` the last is left out, without a model the last two. It takes about a quarter of an hour, most of it
 compiling; the four parts can run side by side (``--checks kernels``, ``--checks texts``, …).
@@ -45,8 +46,6 @@ RECIPE = ROOT / "configs" / "train" / "smollm2_gated_lora_n4.yaml"
 TEST_PROCESSES = "8"
 # They compile many small programs for one run each.
 NO_AUTOTUNING = " --xla_gpu_autotune_level=0"
-# The largest difference of a step's loss that the rounding of bfloat16 explains, relative.
-LOSS_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -137,31 +136,40 @@ def count_different(wanted: list[list[int]], given: list[list[int]]) -> int:
 
 
 def check_losses(settings: Settings) -> bool:
-    """Train an adapter for some steps twice and compare every loss."""
-    assert settings.model and settings.data
-    losses = {}
+    """Train an adapter for some steps with and without kernels, and compare the losses with those in float32."""
+    exact = train_losses(settings, "xla", "float32")
+    far = {}
     for kernels in pallas_kernels.KERNELS:
-        with tempfile.TemporaryDirectory() as directory:
-            config = load_train_config(RECIPE)
-            config = replace(
-                config,
-                model=settings.model,
-                data=(settings.data,),
-                output=str(Path(directory) / "run"),
-                stages=(replace(config.stages[0], steps=settings.steps),),
-                length=1024,
-                batch_size=16 * jax.device_count(),
-                remat="block",  # plain JAX holds every score
-                evaluation=replace(config.evaluation, documents=0),
-                kernels=kernels,
-            )
-            train(config)
-            lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
-            losses[kernels] = [json.loads(line)["loss"] for line in lines]
-    with_kernels, without = losses["auto"], losses["xla"]
-    worst = max(abs(ours / theirs - 1) for ours, theirs in zip(with_kernels, without, strict=True))
-    print(f"training: {len(without)} losses from {without[0]:.4f} to {without[-1]:.4f}, largest difference {worst:.2%}")
-    return worst < LOSS_TOLERANCE
+        losses = train_losses(settings, kernels, "bfloat16")
+        differences = [abs(ours / right - 1) for ours, right in zip(losses, exact, strict=True)]
+        far[kernels] = sum(differences) / len(differences)
+        about = f"from {losses[0]:.4f} to {losses[-1]:.4f}, beside float32 {exact[0]:.4f} to {exact[-1]:.4f}"
+        away = f"{far[kernels]:.3%} away on average, {max(differences):.2%} at most"
+        print(f"training, bfloat16, kernels {kernels}: {len(losses)} losses {about}: {away}", flush=True)
+    return far["auto"] <= 2 * far["xla"]
+
+
+def train_losses(settings: Settings, kernels: str, dtype: str) -> list[float]:
+    """The loss of every step."""
+    assert settings.model and settings.data
+    with tempfile.TemporaryDirectory() as directory:
+        config = load_train_config(RECIPE)
+        config = replace(
+            config,
+            model=settings.model,
+            data=(settings.data,),
+            output=str(Path(directory) / "run"),
+            stages=(replace(config.stages[0], steps=settings.steps),),
+            length=1024,
+            batch_size=16 * jax.device_count(),
+            remat="block",  # plain JAX holds every score
+            evaluation=replace(config.evaluation, documents=0),
+            dtype=dtype,
+            kernels=kernels,
+        )
+        train(config)
+        lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
 
 
 if __name__ == "__main__":
