@@ -1,6 +1,7 @@
 """The one exception that means "the user can mend this": a single clear line, exit code 2 at the command line."""
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 
@@ -20,3 +21,9 @@ def require_known_keys(given: Iterable[str], known: Iterable[str], where: str) -
     for key in given:
         if key not in known:
             raise UserError(f"{where}: unknown key '{key}'{did_you_mean(key, known)}")
+
+
+def require_installed(module: str, extra: str) -> None:
+    """Raise UserError that names the extra to install when an optional module is missing."""
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"this needs {module}: pip install 'idlm-jax[{extra}]'")

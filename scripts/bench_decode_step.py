@@ -35,12 +35,13 @@ from rich.console import Console
 from rich.table import Table
 
 import pallas_kernels
-from idlm_jax.backbone.adapter import Adapter, AdapterConfig, absorb, adapter_shapes, init_adapter
+from idlm_jax.backbone.adapter import Adapter, AdapterConfig, absorb, init_adapter
 from idlm_jax.backbone.qwen3 import Qwen3
-from idlm_jax.backbone.weights import fuse_projections, init_params, parameter_count
+from idlm_jax.backbone.weights import fuse_projections, init_params
 from idlm_jax.config import ModelConfig, load_yaml
-from idlm_jax.decoding.cache import Cache, bucket, cache_bytes, init_cache
+from idlm_jax.decoding.cache import Cache, bucket, init_cache
 from idlm_jax.decoding.forward import forward
+from idlm_jax.evaluation.step_cost import Shape, demand
 from pallas_kernels.decode_layer.api import by_default
 
 
@@ -67,7 +68,7 @@ class Settings:
     repeats: int = 7
     # Print so many of the longest kernels of each case.
     profile: int = 0
-    # Print one JSON line a case instead of a table.
+    # Print one JSON line a case instead of a table: what ``idlm bench analyse --costs`` reads.
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
@@ -119,29 +120,16 @@ def ceilings() -> tuple[float, float]:
     return 2 * x.nbytes / copy_seconds, 2 * side**3 / product_seconds
 
 
-def floor(
-    config: ModelConfig, batch: int, rows: int, context: int, itemsize: int, adapter_parameters: int
-) -> tuple[float, float]:
-    """Fewest bytes a step must move (weights and cache read once) and the FLOPs that it must do."""
-    embedding = config.vocab_size * config.hidden_size
-    read = parameter_count(config) - (0 if config.tie_word_embeddings else embedding) + adapter_parameters
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * (context + rows)
-    flops = batch * rows * (2 * read + attention)
-    dtype = jnp.bfloat16 if itemsize == 2 else jnp.float32
-    return read * itemsize + cache_bytes(config, batch, context + rows, dtype), flops
-
-
-def make_model(config: ModelConfig, dtype: jnp.dtype, rank: int) -> tuple[Qwen3, int]:
-    """A random model as ``idlm_jax.load`` would prepare it, and the number of parameters of its adapter."""
+def make_model(config: ModelConfig, dtype: jnp.dtype, rank: int) -> Qwen3:
+    """A random model as ``idlm_jax.load`` would prepare it."""
     params = fuse_projections(init_params(config, jax.random.key(0), dtype))
     if rank == 0:
-        return Qwen3(config, params), 0
+        return Qwen3(config, params)
     settings = AdapterConfig(rank, 2 * rank)
     adapter = init_adapter(config, settings, jax.random.key(1), dtype, b_scale=0.01)
     if by_default(dtype):
         adapter = absorb(config, params, adapter)
-    shapes = jax.tree.leaves(adapter_shapes(config, settings), is_leaf=lambda leaf: isinstance(leaf, tuple))
-    return Qwen3(config, params, Adapter(settings, adapter.params)), sum(a * b for a, b in shapes)
+    return Qwen3(config, params, Adapter(settings, adapter.params))
 
 
 def measure(
@@ -183,10 +171,10 @@ def main(settings: Settings) -> None:
     bandwidth, peak = ceilings()
     cases = []
     for rank in settings.adapter_rank:
-        model, adapter_parameters = make_model(config, dtype, rank)
+        model = make_model(config, dtype, rank)
         given = product(settings.batch, settings.context, settings.rows, settings.kernels)
         for batch, context, rows, kernels in given:
-            needed_bytes, flops = floor(config, batch, rows, context, dtype.itemsize, adapter_parameters)
+            needed_bytes, flops = demand(config, Shape(batch, rows, context, rank), dtype)
             case = measure(model, batch, rows, context, settings.adapter_from if rank else None, kernels, settings)
             floors = {"byte_floor": needed_bytes / bandwidth, "flop_floor": flops / peak}
             names = {"batch": batch, "rows": rows, "context": context, "rank": rank, "kernels": kernels}

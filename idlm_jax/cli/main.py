@@ -20,6 +20,7 @@ VERBS = {
     "train": "teach a model, or an adapter beside it, to draft several tokens a forward pass",
     "data": "prepare, synthesize and inspect training data",
     "eval": "measure what a model or an adapter has learnt",
+    "bench": "measure and predict how fast decoding is",
     "fetch": "download the model of the demo",
 }
 GROUPS = {
@@ -30,6 +31,9 @@ GROUPS = {
     },
     "eval": {
         "acceptance": "how often drafts would be accepted, and the tokens a forward that follow",
+    },
+    "bench": {
+        "analyse": "tokens/s by stride, layout and batch, from acceptance and step times",
     },
 }
 

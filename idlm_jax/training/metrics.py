@@ -3,8 +3,6 @@ device was used.
 """
 
 import errno
-import importlib.util
-import io
 import json
 import math
 import os
@@ -24,7 +22,8 @@ from idlm_jax.backbone.adapter import TARGET_MODULES
 from idlm_jax.backbone.weights import layer_weights
 from idlm_jax.checkpoint.atomic import write_file
 from idlm_jax.config import ModelConfig
-from idlm_jax.errors import UserError
+from idlm_jax.errors import UserError, require_installed
+from idlm_jax.plots import AMBER, BLUE, DARK, GREY, ORANGE, PINK, new_figure, require_matplotlib, shade, tidy, to_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +33,7 @@ FILE, CURVES = "metrics.jsonl", "loss_curve.png"
 _LINES, _LINE_SECONDS = 20, 30.0
 # Steps whose median time the speed is computed from.
 _SPEED_STEPS = 20
-_LOSS_COLORS = {"noisy": "#d55e00", "ce": "#d55e00", "kl": "#e69f00", "tv": "#cc79a7", "clean": "#0072b2"}
+_LOSS_COLORS = {"noisy": ORANGE, "ce": ORANGE, "kl": AMBER, "tv": PINK, "clean": BLUE}
 # Dense bf16 FLOP/s of a device, by how its kind begins; first match. Others have no MFU.
 _PEAK_FLOPS = {
     "NVIDIA H100 PCIe": 756e12,
@@ -66,9 +65,9 @@ class RunLog:
 
         Raises UserError where what draws the curves, or with ``tensorboard`` what writes its files, is not installed.
         """
-        _require("matplotlib", "train")
+        require_matplotlib()
         if tensorboard:
-            _require("tensorboardX", "tensorboard")
+            require_installed("tensorboardX", "tensorboard")
         self._writes = process_index == 0
         self._total = total_steps
         self._shown_at = time.monotonic()
@@ -183,28 +182,21 @@ def plot(output: Path) -> Path | None:
     entries = read_metrics(output)
     if not entries:
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     measured = [entry for entry in entries if entry.get("acceptance")]
     heights = [3, 2, 1] if measured else [3, 1]
-    figure = Figure(figsize=(9, 1.4 * sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 1.4 * sum(heights))
     axes = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     _draw_losses(axes[0], entries)
     if measured:
         _draw_acceptance(axes[1], measured)
-    axes[-1].plot([entry["step"] for entry in entries], _series(entries, "learning_rate"), color="#555555")
+    axes[-1].plot([entry["step"] for entry in entries], _series(entries, "learning_rate"), color=DARK)
     axes[-1].set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     axes[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for axis in axes:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        tidy(axis)
         for begin, _ in _stages(entries)[1:]:
-            axis.axvline(entries[begin]["step"] - 0.5, color="#888888", linewidth=0.8, linestyle="--")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    write_file(output / CURVES, image.getvalue())
+            axis.axvline(entries[begin]["step"] - 0.5, color=GREY, linewidth=0.8, linestyle="--")
+    write_file(output / CURVES, to_png(figure))
     return output / CURVES
 
 
@@ -299,11 +291,6 @@ def useful_flops(
     return rows * a_row + with_loss * passes * head
 
 
-def _require(module: str, extra: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise UserError(f"this run needs {module}: pip install 'idlm-jax[{extra}]'")
-
-
 def _open_board(directory: Path, resume_step: int) -> Any:
     from tensorboardX import SummaryWriter  # pyrefly: ignore[missing-import]
 
@@ -378,8 +365,6 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 def _draw_acceptance(axis: "Axes", measured: list[dict[str, Any]]) -> None:
     """A line a depth, darker the nearer to the text."""
-    from matplotlib import colormaps
-
     depths = max(len(entry["acceptance"]) for entry in measured)
     for depth in range(depths):
         with_depth = [entry for entry in measured if len(entry["acceptance"]) > depth]
@@ -388,7 +373,7 @@ def _draw_acceptance(axis: "Axes", measured: list[dict[str, Any]]) -> None:
             [_nan(entry["acceptance"][depth]) for entry in with_depth],
             marker="o",
             markersize=3,
-            color=colormaps["viridis"](0.85 * depth / max(depths - 1, 1)),
+            color=shade(depth, depths),
             label=f"depth {depth + 1}",
         )
     axis.set(ylabel="held-out acceptance", ylim=(0, 1))

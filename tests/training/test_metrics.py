@@ -1,5 +1,6 @@
 """Numbers of a run: the file, what is shown, the curves, speed, and FLOPs counted by hand."""
 
+import importlib.util
 import json
 import math
 import struct
@@ -161,10 +162,10 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
 
 
 def test_missing_packages_are_one_line_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = metrics.importlib.util.find_spec
+    found = importlib.util.find_spec
     for missing, extra in (("matplotlib", "train"), ("tensorboardX", "tensorboard")):
         monkeypatch.setattr(
-            metrics.importlib.util, "find_spec", lambda name, gone=missing: None if name == gone else found(name)
+            importlib.util, "find_spec", lambda name, gone=missing: None if name == gone else found(name)
         )
         with pytest.raises(UserError, match=rf"needs {missing}: pip install 'idlm-jax\[{extra}\]'"):
             RunLog(tmp_path, total_steps=1, tensorboard=True)

@@ -1,0 +1,49 @@
+"""How our pictures look: one palette, light grids, no boxes; drawn without a display and returned as PNG."""
+
+import io
+from typing import TYPE_CHECKING
+
+from idlm_jax.errors import require_installed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Told apart by colour-blind readers too (Okabe and Ito).
+ORANGE, AMBER, PINK, BLUE, GREEN, SKY = "#d55e00", "#e69f00", "#cc79a7", "#0072b2", "#009e73", "#56b4e9"
+DARK, GREY = "#555555", "#888888"
+
+
+def require_matplotlib() -> None:
+    """Raise UserError that says how to install what draws."""
+    require_installed("matplotlib", "train")
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure, in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def tidy(axis: "Axes") -> None:
+    """Grid and frame as everywhere."""
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def shade(number: int, count: int) -> tuple[float, float, float, float]:
+    """The colour of one of several lines that have an order, dark to light."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.85 * number / max(count - 1, 1))
+
+
+def to_png(figure: "Figure") -> bytes:
+    """The file's content."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    return image.getvalue()
