@@ -136,10 +136,10 @@ def _costs(config: "ModelConfig", path: Path | None, bandwidth: float | None, pe
 
 
 def _show(analysis: "Analysis") -> None:
-    from idlm_jax.evaluation.efficiency_report import explanation, grids, headline
+    from idlm_jax.evaluation.efficiency_report import explanation, grids
 
     console = make_console()
-    console.print(f"[bold]{headline(analysis)}[/]", soft_wrap=True)
+    console.print(f"[bold]{analysis.title}[/]", soft_wrap=True)
     console.print(explanation(analysis), soft_wrap=True)
     for grid in grids(analysis):
         console.print(f"\n{grid.title}", soft_wrap=True)

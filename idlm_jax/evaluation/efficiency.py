@@ -113,6 +113,12 @@ class Analysis:
     checks: tuple[Check, ...]
 
     @property
+    def title(self) -> str:
+        """What was analysed, in a line."""
+        adapter = f", gated LoRA of rank {self.rank}" if self.rank else ""
+        return f"{self.model} on {self.costs.device.name}, context {self.context}{adapter}"
+
+    @property
     def batches(self) -> tuple[int, ...]:
         """Batch sizes, ascending."""
         return tuple(dict.fromkeys(point.batch for point in self.points))
@@ -120,6 +126,10 @@ class Analysis:
     def of_batch(self, batch: int) -> list[Point]:
         """All ways at one batch size."""
         return [point for point in self.points if point.batch == batch]
+
+    def of_way(self, way: Way) -> list[Point]:
+        """One way at all batch sizes."""
+        return [point for point in self.points if point.way == way]
 
     def best(self, batch: int) -> Point:
         """The fastest way at one batch size."""
