@@ -49,16 +49,16 @@ def write_report(analysis: Analysis, output: Path) -> None:
 def explanation(analysis: Analysis) -> str:
     """Where the numbers are from."""
     costs = analysis.costs
-    device = f"{costs.device.bandwidth / 1e12:.2f} TB/s, {costs.device.peak / 1e12:.0f} TFLOP/s"
-    lines = [f"Acceptance: {analysis.acceptance}."]
-    if not costs.measured:
+    device = f"{costs.device.bandwidth / 1e12:.3g} TB/s, {costs.device.peak / 1e12:.3g} TFLOP/s"
+    lines = [f"Acceptance: {analysis.acceptance}. Sampling and prefill are left out."]
+    if costs.measured:
+        worst = max(abs(check.predicted / check.seconds - 1) for check in analysis.checks)
+        lines.append(
+            f"{MARK}: from a step that was not measured but predicted from bytes and FLOPs ({device}), by a fit that "
+            f"misses the measured ones by at most {worst:.0%} (last table)."
+        )
+    else:
         lines.append(f"No step was measured: all times are floors, from bytes and FLOPs at {device}.")
-        return " ".join(lines)
-    worst = max(abs(check.predicted / check.seconds - 1) for check in analysis.checks)
-    lines.append(
-        f"{MARK}: from a step that was not measured but predicted from bytes and FLOPs ({device}) as in the last "
-        f"table, which is at most {worst:.0%} off the measured ones."
-    )
     return " ".join(lines)
 
 
