@@ -83,7 +83,7 @@ def bench_analyse(
                 statistics.mode(shape.context for shape in step_costs.measured) if step_costs.measured else _CONTEXT
             )
         analysis = analyse(
-            Path(model).stem, step_costs, measured, source=source, batches=batch, context=context, rank=adapter_rank
+            _name(model), step_costs, measured, source=source, batches=batch, context=context, rank=adapter_rank
         )
         if output is not None:
             write_report(analysis, output)
@@ -91,6 +91,12 @@ def bench_analyse(
         print(jsonlib.dumps(as_dict(analysis)))
     else:
         _show(analysis)
+
+
+def _name(model: str) -> str:
+    """What to call a model: its file or directory, which may have dots in it."""
+    path = Path(model)
+    return path.stem if path.suffix in (".yaml", ".yml", ".json", ".gguf") else path.name
 
 
 def _check(batches: tuple[int, ...], context: int | None, rank: int) -> None:

@@ -200,10 +200,6 @@ def analyse(
         for way in ways:
             seconds, measured = costs.seconds(Shape(batch, way.rows, context, rank))
             points.append(Point(way, batch, seconds, ar_seconds, measured, ar_measured))
-    checks = [
-        Check(shape, seconds, max(costs.floors(shape)), costs.predicted(shape))
-        for shape, seconds in sorted(
-            costs.measured.items(), key=lambda item: (item[0].rank, item[0].batch, item[0].rows)
-        )
-    ]
+    order = sorted(costs.measured, key=lambda shape: (shape.rank, shape.context, shape.batch, shape.rows))
+    checks = [Check(shape, costs.measured[shape], max(costs.floors(shape)), costs.predicted(shape)) for shape in order]
     return Analysis(model, source, costs, context, rank, tuple(ways), tuple(points), tuple(checks))

@@ -57,6 +57,14 @@ def test_the_context_is_the_cost_tables_unless_given(tmp_path: Path, capsys: pyt
         assert json.loads(out)["context"] == context
 
 
+def test_a_model_keeps_the_dots_of_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "Qwen3-0.5B" / "tiny-0.1.yaml"
+    config.parent.mkdir()
+    config.write_text(MODEL.read_text())
+    _, out, _ = run(capsys, "bench", "analyse", config, "--acceptance", 0.9, *DEVICE, "--json")
+    assert json.loads(out)["model"] == "tiny-0.1"
+
+
 def test_two_numbers_of_a_device_are_enough(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, *analyse("--acceptance", 0.9, 0.9, 0.9, *DEVICE))
     assert code == 0 and "No step was measured" in out
