@@ -33,7 +33,7 @@ def bench_analyse(
     costs: Annotated[Path | None, arg(metavar="FILE.jsonl", help_behavior_hint=_NONE)] = None,
     bandwidth: Annotated[float | None, arg(metavar="TB/S", help_behavior_hint="(default: the cost table's)")] = None,
     peak: Annotated[float | None, arg(metavar="TFLOP/S", help_behavior_hint="(default: the cost table's)")] = None,
-    batch: Annotated[tuple[int, ...], arg(metavar="B", help_behavior_hint="(default: 1 2 4 … 64)")] = BATCHES,
+    batch: Annotated[tuple[int, ...], arg(metavar="B1 B2 …", help_behavior_hint="(default: 1 2 4 … 64)")] = BATCHES,
     context: Annotated[
         int | None, arg(metavar="TOKENS", help_behavior_hint=f"(default: the cost table's, else {_CONTEXT})")
     ] = None,

@@ -30,7 +30,7 @@ def draw_throughput(analysis: Analysis) -> "Figure":
     axes[0].set(ylabel="tokens/s in total")
     handles, _ = axes[0].get_legend_handles_labels()
     handles += [_handle("step measured", "o"), _handle("predicted", "o", fill="white")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
     figure.suptitle(analysis.title, fontsize=11)
     return figure
 
