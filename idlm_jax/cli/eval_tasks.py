@@ -1,6 +1,7 @@
 """``idlm eval tasks``: benchmarks answered by AR and by strided decoding, side by side."""
 
 import json as jsonlib
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -87,8 +88,12 @@ def eval_tasks(
         items[name] = read_task(name, Path(file) if file else None, chat, limit)
     about = {"model": model, "adapter": model_flags.adapter}
     questions = sum(map(len, items.values())) * len(chosen) * len(temperatures)
-    with Progress("answering", questions, unit="questions") as progress:
-        run_tasks(loaded, items, config, about, lambda _, done: progress(done))
+    try:
+        with Progress("answering", questions, unit="questions") as progress:
+            run_tasks(loaded, items, config, about, lambda _, done: progress(done))
+    except KeyboardInterrupt:
+        print("what was answered is kept; the same command goes on", file=sys.stderr)
+        raise
     rows = write_summary(output)
     if json:
         print(jsonlib.dumps([row.to_dict() for row in rows]))

@@ -66,7 +66,7 @@ class IdlmModel(TemplateLM):
             pretrained if isinstance(pretrained, LanguageModel) else load(pretrained, adapter, dtype, mask_token)
         )
         self.name = pretrained if isinstance(pretrained, str) else "idlm"
-        self.tokenizer = self.model.tokenizer
+        self.tokenizer: Any = self.model.tokenizer
         config = self.model.config
         if stride is None:
             stride = 1 if config.mask_token_id is None else 4
@@ -87,7 +87,7 @@ class IdlmModel(TemplateLM):
     def prefix_token_id(self) -> int:
         """What stands before a text that has no context."""
         begin = self.tokenizer.bos_token_id
-        return self.eot_token_id if begin is None else cast("int", begin)
+        return self.eot_token_id if begin is None else begin
 
     @property
     def tokenizer_name(self) -> str:
@@ -98,21 +98,18 @@ class IdlmModel(TemplateLM):
         """Token ids; a text that begins with the token of beginnings, as chat templates write it, gets no second."""
         if add_special_tokens is None:
             begin = self.tokenizer.bos_token
-            add_special_tokens = not (begin and string.startswith(cast("str", begin)))
+            add_special_tokens = not (begin and string.startswith(begin))
         return list(self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False).input_ids)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The chat as the model's template renders it."""
         if not self.tokenizer.chat_template:
             raise UserError("this model has no chat template; leave --apply_chat_template out")
-        return cast(
-            "str",
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            ),
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
         )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -167,6 +164,9 @@ class IdlmModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """For every request, log p of the continuation and whether greedy decoding would write it."""
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            raise UserError(f"a continuation of {longest} tokens is longer than the context of {self.max_length}")
         texts = [[*context, *continuation][-self.max_length - 1 :] for _, context, continuation in requests]
         adapter_from = None if self.decode.gated else 0
         for batch in self._batches(list(map(len, texts)), "scoring", disable_tqdm):

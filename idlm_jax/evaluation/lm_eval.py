@@ -5,6 +5,7 @@
 """
 
 import importlib
+import multiprocessing
 import sys
 
 from idlm_jax.errors import UserError
@@ -19,6 +20,8 @@ def main() -> int:
         return 2
     from lm_eval.__main__ import cli_evaluate
 
+    # It computes errors of perplexities in processes of its own; a fork of one that runs JAX may hang.
+    multiprocessing.set_start_method("forkserver")
     try:
         cli_evaluate()
     except UserError as error:
