@@ -127,7 +127,7 @@ class IdlmModel(TemplateLM):
         context, arguments = request.args
         settings = cast("dict[str, Any]", normalize_gen_kwargs(arguments, self.max_gen_toks))
         sampling = SamplingParams(
-            temperature=settings["temperature"],
+            temperature=settings.get("temperature", 0.0),
             top_k=int(settings.get("top_k") or 0),
             top_p=float(settings.get("top_p") or 1.0),
             seed=self.seed + number,
