@@ -205,7 +205,9 @@ def _run_cell(
     write_file(path.with_suffix(".json"), json.dumps(cell, indent=2) + "\n")
     # The longest first: what does not fit in memory fails at once, and a batch holds prompts of about one length.
     order = sorted(range(len(items)), key=lambda i: -len(prompts[i]))
-    batches = list(batched(order, config.batch_size))
+    # All of about one size: each is a program to compile.
+    count = -(-len(order) // config.batch_size)
+    batches = list(batched(order, -(-len(order) // count)))
     lines = read_samples(path)
     answered = {line["id"] for line in lines}
     done = {number for number, batch in enumerate(batches) if all(items[i].id in answered for i in batch)}
