@@ -13,6 +13,7 @@ from idlm_jax.cli.flags import Model, ModelFlags, check_can_draft
 from idlm_jax.cli.progress import Progress
 from idlm_jax.cli.render import make_console
 from idlm_jax.errors import UserError
+from idlm_jax.evaluation.tasks.item import import_extra
 
 
 def eval_tasks(
@@ -70,6 +71,7 @@ def eval_tasks(
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1, not {limit}")
+    import_extra("matplotlib", "the summary")
     loaded = model_flags.load(model)
     from idlm_jax.decoding.config import DecodeConfig
     from idlm_jax.evaluation.tasks.run import MODES, RunConfig, default_modes, read_task, run_tasks
