@@ -65,6 +65,15 @@ def test_json_is_the_summary(
     }  # fmt: skip
 
 
+def test_ar_alone_needs_no_mask_token(
+    script: Script, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = f"ifeval={questions}"
+    more = ["--tasks", task, "--output", tmp_path / "run", "--modes", "ar", "--max-tokens", 24, "--json"]
+    code, out, _ = run(capsys, "eval", "tasks", TINY, *more)
+    assert code == 0 and [row["mode"] for row in json.loads(out)] == ["ar"]
+
+
 def test_mistakes_are_one_line(questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def said(*more: object) -> str:
         message = refused(capsys, *arguments(questions, tmp_path / "run", *more))

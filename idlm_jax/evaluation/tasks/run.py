@@ -69,6 +69,11 @@ class RunConfig:
     # Of the first question; each has its own.
     seed: int = 0
 
+    def decode_of(self, mode: str) -> DecodeConfig:
+        """How a mode decodes."""
+        stride = self.decode.stride if MODES[mode].strided else 1
+        return replace(self.decode, stride=stride, gated=MODES[mode].gated)
+
     def validate(self, model: LanguageModel) -> None:
         """Raise UserError for what cannot run with this model."""
         for mode in self.modes:
@@ -79,7 +84,7 @@ class RunConfig:
         if self.batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {self.batch_size}")
         if any(MODES[mode].strided for mode in self.modes) and self.decode.stride == 1:
-            raise UserError("stride 1 is AR; strided modes need a larger one")
+            raise UserError("stride 1 is AR, and strided modes need a larger one; give --modes ar for AR alone")
         for temperature in self.temperatures:
             SamplingParams(temperature, seed=self.seed, max_tokens=self.max_tokens).validate()
         self.decode.policy()
@@ -169,9 +174,11 @@ def _check_prompts(
     model: LanguageModel, config: RunConfig, task: str, items: Sequence[Item], prompts: Sequence[list[int]]
 ) -> None:
     sampling = SamplingParams(max_tokens=config.max_tokens)
+    policies = [config.decode_of(mode).policy() for mode in config.modes]
     for item, prompt in zip(items, prompts, strict=True):
         try:
-            check_request(model.model, prompt, sampling, config.decode.policy())
+            for policy in policies:
+                check_request(model.model, prompt, sampling, policy)
         except UserError as error:
             raise UserError(f"{task}, question {item.id}: {error}") from None
 
@@ -198,9 +205,7 @@ def _run_cell(
     on_batch: Callable[[str, int], None],
 ) -> None:
     """Answer the questions of a cell that no complete batch has answered yet."""
-    mode, name = MODES[cell["mode"]], cell_name(cell)
-    stride = config.decode.stride if mode.strided else 1
-    decode = replace(config.decode, stride=stride, gated=mode.gated)
+    name, decode = cell_name(cell), config.decode_of(cell["mode"])
     path = config.output / SAMPLES / f"{name}.jsonl"
     write_file(path.with_suffix(".json"), json.dumps(cell, indent=2) + "\n")
     # The longest first: what does not fit in memory fails at once, and a batch holds prompts of about one length.

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from idlm_jax.errors import UserError
@@ -47,6 +47,7 @@ PIECES = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(text=st.lists(PIECES, max_size=12).map("".join))
 def test_scores_are_those_of_lm_evaluation_harness(text: str) -> None:
     extraction = pytest.importorskip("lm_eval.filters.extraction")
