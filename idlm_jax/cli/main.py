@@ -30,6 +30,7 @@ GROUPS = {
     },
     "eval": {
         "acceptance": "how often drafts would be accepted, and the tokens a forward that follow",
+        "tasks": "scores of GSM8K, HumanEval and IFEval by AR and by strided decoding",
     },
 }
 
