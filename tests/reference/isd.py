@@ -40,7 +40,7 @@ def decode(
     device, drafts, batch = reference.device, stride - 1, len(prompts)
     each = Filter(settings, reference.mask_token, device)
     start = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    room = int(start.max()) + length + 2 * stride
+    room = int(start.max()) + length + 3 * stride
     # Prompt and text; the last token written is the pending one, tok0 of the pseudo-code.
     tokens = torch.zeros((batch, room), dtype=torch.long, device=device)
     for row, prompt in zip(tokens, prompts, strict=True):
