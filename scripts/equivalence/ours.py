@@ -23,7 +23,7 @@ from scripts.equivalence.plan import DTYPES, Clock, Plan
 from tests.decoding.support import OfficialCoupling
 
 # Sequences scored at once.
-BATCH = 256
+BATCH = 64
 SEEDS = 2**20
 
 

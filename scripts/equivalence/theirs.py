@@ -2,17 +2,20 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # a line for every tensor of a GGUF file
 import torch
 import transformers
 
 from scripts.equivalence.plan import DTYPES, Clock, Plan
-from tests.reference.isd import decode
+from tests.reference.isd import decode, draft_logits
 from tests.reference.model import Reference, load_directory, load_gguf
 from tests.reference.sampling import Sampled, Settings, sample
 
@@ -149,23 +152,14 @@ def write_logits(reference: Reference, tokens: np.ndarray, plan: Plan, folder: P
     """Logits of every position, those of the masks appended after it, and the outputs of every layer."""
     folder.mkdir()
     ids = torch.tensor(tokens, device=plan.device)
-    length, drafts = tokens.shape[1], plan.stride - 1
-    everywhere = torch.arange(length, device=plan.device).expand(ids.shape)
+    everywhere = torch.arange(ids.shape[1], device=plan.device).expand(ids.shape)
     clean = torch.cat([reference.logits(one[None], rows[None]) for one, rows in zip(ids, everywhere, strict=True)])
     np.save(folder / "clean.npy", clean.cpu().numpy())
     layers = torch.stack(reference.layer_outputs(ids))
     np.save(folder / "layers.npy", layers.cpu().numpy())
     np.save(folder / "tokens.npy", tokens.astype(np.int32))
-    # Masks after position t: the text up to there, then the masks, then padding that no row sees.
-    places = torch.arange(length, device=plan.device)
-    mask_rows = places[:, None] + 1 + torch.arange(drafts, device=plan.device)
-    masked = []
-    for one in ids:
-        padded = torch.cat([one, one[:drafts]]).expand(length, -1)
-        padded = padded.scatter(1, mask_rows, reference.mask_token)
-        gate = torch.zeros(padded.shape, device=plan.device).scatter_(1, mask_rows, 1.0)
-        masked.append(reference.logits(padded, mask_rows, gate).cpu())
-    np.save(folder / "masks.npy", torch.stack(masked).flatten(1, 2).numpy())
+    masks = torch.stack([draft_logits(reference, one, plan.stride - 1).cpu() for one in ids])
+    np.save(folder / "masks.npy", masks.flatten(1, 2).numpy())
 
 
 if __name__ == "__main__":

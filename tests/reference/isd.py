@@ -57,7 +57,7 @@ def decode(
         r0 = written - 1 + torch.where(verifying, drafts, 0)
         x = _put(tokens, written[:, None] + k, torch.where(verifying[:, None], specs, reference.mask_token))
         mask_rows = r0[:, None] + 1 + k
-        x = _put(x, mask_rows, torch.full_like(specs, reference.mask_token))
+        x = _put(x, mask_rows, reference.mask_token)
         gate = torch.zeros(x.shape, device=device).scatter_(1, mask_rows, 1.0)
         rows = torch.cat([(written - 1)[:, None] + k, r0[:, None], mask_rows], dim=1)
         probabilities = each.probabilities(reference.logits(x, rows, gate))
@@ -83,7 +83,17 @@ def decode(
     return Decoded(torch.take_along_dim(tokens, text, dim=1), torch.stack(history, dim=1))
 
 
-def _put(tokens: Tensor, where: Tensor, values: Tensor) -> Tensor:
+def draft_logits(reference: Reference, tokens: Tensor, drafts: int) -> Tensor:
+    """[L, drafts, V]: what masks say that follow the first 1, 2, … L tokens of a text [L]."""
+    length = len(tokens)
+    count = torch.arange(drafts, device=tokens.device)
+    mask_rows = torch.arange(length, device=tokens.device)[:, None] + 1 + count
+    texts = _put(torch.cat([tokens, tokens[:drafts]]).expand(length, -1), mask_rows, reference.mask_token)
+    gate = torch.zeros(texts.shape, device=tokens.device).scatter_(1, mask_rows, 1.0)
+    return reference.logits(texts, mask_rows, gate)
+
+
+def _put(tokens: Tensor, where: Tensor, values: Tensor | int) -> Tensor:
     """A copy with some tokens replaced."""
     return tokens.scatter(1, where, values)
 
