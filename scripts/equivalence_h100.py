@@ -5,13 +5,15 @@ Run by hand on a machine with a GPU, torch and transformers (8 minutes on an H10
     python -m scripts.equivalence_h100 models/SmolLM2-135M-Instruct.Q4_1.gguf
 
 writes docs/equivalence.json, .md and .png. PyTorch's side runs first, then ours, each in a process of its own; they
-share token ids, the weights' files and nothing else. ``--render docs/equivalence.json`` writes the report again from
-the numbers. A few minutes on a CPU, numbers too small for the report::
+share token ids, the weights' files and nothing else. ``--parts logits`` runs one part (of logits, draws, texts, greedy)
+and keeps what the file has of the others; ``--render docs/equivalence.json`` writes the report again from the numbers.
+Minutes on a CPU, with numbers too small for a report::
 
     python -m scripts.equivalence_h100 FILE.gguf --device cpu --limit 2 --draws 16 --texts 8 --shapes --output /tmp/e
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -47,7 +49,7 @@ class Settings:
     # Shapes with random weights: files of configs/models.
     shapes: tuple[str, ...] = ("qwen3-0.6b", "qwen3-8b")
     # Of ours after each prefix, two for every prompt; PyTorch draws four times as many.
-    draws: int = 512
+    draws: int = 400
     # Long texts of each writer after each prefix.
     texts: int = 40
     device: Literal["cuda", "cpu"] = "cuda"
@@ -93,14 +95,18 @@ def main(settings: Settings) -> None:
             folder = Path(name)
             plan = make_plan(settings, settings.gguf)
             plan.save(folder)
+            # One side at a time has the whole GPU.
+            environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", **os.environ}
             for side in ("theirs", "ours"):
-                subprocess.run([sys.executable, "-m", f"scripts.equivalence.{side}", name], check=True)
+                subprocess.run([sys.executable, "-m", f"scripts.equivalence.{side}", name], check=True, env=environment)
             with clock.part("tests"):
                 results = analyse(folder, plan)
-        results["seconds"] |= {"tests": clock.seconds["tests"], "all": clock.seconds["the whole run"]}
-        results["command"] = shlex.join(["python", "-m", "scripts.equivalence_h100", *sys.argv[1:]])
+        command = shlex.join(["python", "-m", "scripts.equivalence_h100", *sys.argv[1:]])
+        run = results.pop("run") | {"command": command, "all_seconds": clock.seconds["the whole run"]}
         numbers = settings.output.with_suffix(".json")
-        write_file(numbers, json.dumps(results) + "\n")
+        before = json.loads(numbers.read_text()) if numbers.is_file() else {"runs": []}
+        kept = [each for each in before["runs"] if not set(each["parts"]) & set(settings.parts)]
+        write_file(numbers, json.dumps(before | results | {"runs": [*kept, run]}) + "\n")
     render(json.loads(numbers.read_text()), settings.output)
 
 

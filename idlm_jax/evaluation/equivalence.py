@@ -112,9 +112,9 @@ def prefill_copies(
     policy: Policy,
     copies: int,
 ) -> DecodeState:
-    """The state before the first round of ``copies`` requests of each prompt, side by side; ``draw`` may start there."""
-    repeated = [[each for each in row for _ in range(copies)] for row in (prompts, sampling)]
-    return start(model, *repeated, policy)
+    """The state before the first round of ``copies`` requests of each prompt, side by side: where ``draw`` starts."""
+    many = [each for each in zip(prompts, sampling, strict=True) for _ in range(copies)]
+    return start(model, [prompt for prompt, _ in many], [params for _, params in many], policy)
 
 
 def draw(model: Qwen3, prefilled: DecodeState, first_seed: int, policy: Policy, tokens: int) -> DecodeState:

@@ -75,7 +75,7 @@ def count_cells(
     cell = (len(own) + _hash(texts) % shared).astype(np.int64)
     cell[own] = np.arange(len(own))
     where = cell[inverse.reshape(-1)]
-    return tuple(np.bincount(part, minlength=cells) for part in (where[: len(ours)], where[len(ours) :]))
+    return np.bincount(where[: len(ours)], minlength=cells), np.bincount(where[len(ours) :], minlength=cells)
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,9 @@ def compare_texts(
 ) -> dict[str, Outcome]:
     """Compare whole continuations of P prompts; tokens after a text's end are ENDED.
 
-    ``mmd`` is the maximum mean discrepancy of n-gram profiles (n = 1, 2, 3) under a Gaussian kernel, squared; the others
-    compare one thing each: lengths, how many texts ended, what a model thinks of them (``surprisal``, −log p a token),
-    the entropy of tokens, and the n-grams used (total variation of hashed counts).
+    ``mmd`` is the maximum mean discrepancy of n-gram profiles (n = 1, 2, 3) under a Gaussian kernel, squared; the
+    others compare one thing each: lengths, how many texts ended, what a model thinks of them (``surprisal``, −log p a
+    token), the entropy of tokens, and the n-grams used (total variation of hashed counts).
     """
     texts = np.concatenate([ours, theirs], axis=1)
     labels = _permuted_labels(len(texts), ours.shape[1], theirs.shape[1], rng, permutations)
@@ -223,7 +223,7 @@ def _profile_features(
     """Random Fourier features of a Gaussian kernel on n-gram profiles of unit length, as wide as profiles differ."""
     profiles = sparse.hstack([_unit_rows(count) for count in counts.values()]).tocsr()
     width = np.sqrt(len(counts))  # two texts without a common n-gram are √2 times this apart
-    directions = rng.standard_normal((profiles.shape[1], FEATURES)) / width
+    directions = rng.standard_normal((BUCKETS * len(counts), FEATURES)) / width
     phases = rng.uniform(0, 2 * np.pi, FEATURES)
     return np.cos(profiles @ directions + phases) * np.sqrt(2 / FEATURES)
 

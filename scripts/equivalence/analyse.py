@@ -20,11 +20,15 @@ def analyse(folder: Path, plan: Plan) -> dict[str, Any]:
     ours, theirs = (json.loads((folder / f"{side}.json").read_text()) for side in ("ours", "theirs"))
     results: dict[str, Any] = {
         "plan": {name: value for name, value in asdict(plan).items() if name not in ("prompts", "shapes")},
-        "versions": theirs["versions"] | ours["versions"],
-        "seconds": {"PyTorch": theirs["seconds"], "idlm_jax": ours["seconds"]},
         "alpha": ALPHA,
-        "logits": ours["logits"],
+        "run": {
+            "parts": plan.parts,
+            "versions": theirs["versions"] | ours["versions"],
+            "seconds": {"PyTorch": theirs["seconds"], "idlm_jax": ours["seconds"]},
+        },
     }
+    if "logits" in plan.parts:
+        results["logits"] = ours["logits"]
     if "draws" in plan.parts:
         results["draws"] = analyse_draws(folder)
     if "texts" in plan.parts:
@@ -38,7 +42,9 @@ def analyse_draws(folder: Path) -> dict[str, Any]:
     """Short texts of every writer against PyTorch's, and how many drafts were accepted against PyTorch's ISD."""
     theirs, ours = np.load(folder / "draws-theirs.npz"), np.load(folder / "draws-ours.npz")
     names = [name for name in ours if "/" not in name]
-    writers = {"PyTorch AR again": theirs["control"], "PyTorch ISD": theirs["isd"]} | {name: ours[name] for name in names}
+    writers = {"PyTorch AR again": theirs["control"], "PyTorch ISD": theirs["isd"]} | {
+        name: ours[name] for name in names
+    }
     reference, rng = theirs["reference"], np.random.default_rng(0)
     accepted = {
         name: _of_draws(compare_draws(ours[f"{name}/accepted"][..., None], theirs["isd_accepted"][..., None], rng))
@@ -78,11 +84,11 @@ def _of_draws(comparisons: list[DrawComparison]) -> dict[str, Any]:
 def analyse_texts(folder: Path) -> dict[str, Any]:
     """Long texts of every writer against PyTorch's."""
     texts, rng = np.load(folder / "texts-ours.npz"), np.random.default_rng(1)
-    reference, names = "PyTorch/reference", [name for name in texts if not name.endswith("/surprisal")]
-    writers = {"PyTorch AR again" if name == "PyTorch/control" else name: name for name in names if name != reference}
+    scores, reference = np.load(folder / "surprisal.npz"), "PyTorch/reference"
+    writers = {"PyTorch AR again" if name == "PyTorch/control" else name: name for name in texts if name != reference}
     results = {}
     for shown, name in sorted(writers.items(), key=lambda item: item[1] != "PyTorch/control"):
-        surprisal = texts[f"{name}/surprisal"], texts[f"{reference}/surprisal"]
+        surprisal = scores[name], scores[reference]
         outcomes = compare_texts(texts[name], texts[reference], surprisal, rng)
         tests = {test: _of(outcome) for test, outcome in outcomes.items()}
         results[shown] = {"distances": tests} | _verdict(holm([outcome.p for outcome in outcomes.values()]))

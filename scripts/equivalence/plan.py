@@ -32,9 +32,9 @@ class Plan:
     # Short texts: drawn_tokens each, the first from a cold round, the others from drafts and their verification.
     drawn_tokens: int = 4
     # For every prefix: our draws in each way, PyTorch's, and those of PyTorch's ISD.
-    draws: int = 512
-    reference_draws: int = 2048
-    isd_draws: int = 32
+    draws: int = 400
+    reference_draws: int = 1600
+    isd_draws: int = 25
     # For every prefix: long texts of each writer.
     texts: int = 40
     text_tokens: int = 64

@@ -1,6 +1,7 @@
 """The report that people read: Markdown and one picture, both from the numbers alone."""
 
 import io
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +18,38 @@ def render(results: dict[str, Any], output: Path) -> None:
         if results.get(name):
             parts.append(section(results))
     parts.append(_how(results))
-    write_file(output.with_suffix(".md"), "\n\n".join(parts) + "\n")
+    write_file(output.with_suffix(".md"), "\n\n".join(map(_wrapped, "\n\n".join(parts).split("\n\n"))) + "\n")
     image = io.BytesIO()
     draw_picture(results).savefig(image, format="png", dpi=130)
     write_file(output.with_suffix(".png"), image.getvalue())
 
 
 def _opening(results: dict[str, Any], name: str) -> str:
-    versions = results["versions"]
+    commands = "\n".join(run["command"] for run in results["runs"])
+    versions, seconds = results["runs"][-1]["versions"], sum(run["all_seconds"] for run in results["runs"])
     return f"""# Equivalence with PyTorch
 
-Does strided decoding in idlm_jax write what the same model writes, token by token, in PyTorch? Three answers, each from
-two processes that share token ids and weight files and no code: the arithmetic is the same (logits), sampled texts follow
-the same distribution (two-sample tests), greedy texts are equal, or differ at a tie. The model is SmolLM2-135M-Instruct
-with the gated adapter `{Path(results["plan"]["adapter"]).name}`, N = {results["plan"]["stride"]}; the reference in plain PyTorch is
-[tests/reference](../tests/reference). As a check of the checks, the acceptance rule of the official code, which is not
-exact, goes through the same tests at the same number of texts.
+Does strided decoding in idlm_jax write what the same model writes, token by token, in PyTorch? Three answers, each
+from two processes that share token ids and weight files and no code: the arithmetic is the same (logits), sampled
+texts follow the same distribution (two-sample tests), greedy texts are equal, or differ at a tie. The model is
+SmolLM2-135M-Instruct with the gated adapter that comes with the package, N = {results["plan"]["stride"]}; the reference
+in plain PyTorch is [tests/reference](../tests/reference). As a check of the checks, the acceptance rule of the official
+code, which is not exact, goes through the same tests at the same number of texts.
 
 ```
-{results["command"]}
+{commands}
 ```
 
-{versions["device"]}; jax {versions["jax"]}, torch {versions["torch"]}, transformers {versions["transformers"]}; {results["seconds"]["all"]:.0f} seconds
-in all. `python -m scripts.equivalence_h100 --render docs/{name}.json` writes this page again from its numbers.
+{versions["device"]}; jax {versions["jax"]}, torch {versions["torch"]}, transformers {versions["transformers"]};
+{seconds:.0f} seconds in all. `python -m scripts.equivalence_h100 --render docs/{name}.json` writes
+this page again from its numbers.
 
 ![errors, p-values and distances]({name}.png)"""
 
 
 def _verdicts(results: dict[str, Any]) -> str:
     """The summary: a row a claim."""
-    rows = [_logits_verdict(results["logits"])] if results["logits"] else []
+    rows = [_logits_verdict(results["logits"])] if results.get("logits") else []
     for part, claim in (("draws", "the next tokens at a prefix"), ("texts", "long texts")):
         if results.get(part):
             rows.append(_sampled_verdict(results[part]["writers"], claim))
@@ -84,16 +87,25 @@ def _logits(results: dict[str, Any]) -> str:
         for dtype in ("float32", "bfloat16"):
             for kind, errors in model[dtype]["rows"].items():
                 shown = "SmolLM2" if name == "real" else f"{name}, random"
-                rows.append([shown, dtype, kind, *(_error(errors.get(key)) for key in ("float32", dtype, "PyTorch itself"))])
-    header = ["model", "ours in", "rows", "against PyTorch float32", "against PyTorch in the same", "PyTorch bfloat16 against its float32"]
+                rows.append(
+                    [shown, dtype, kind, *(_error(errors.get(key)) for key in ("float32", dtype, "PyTorch itself"))]
+                )
+    header = [
+        "model",
+        "ours in",
+        "rows",
+        "against PyTorch float32",
+        "against PyTorch in the same",
+        "PyTorch bfloat16 against its float32",
+    ]
     plan = results["plan"]
     return f"""## Logits
 
-{plan["logit_rows"]} sequences of {plan["logit_tokens"]} tokens. *Clean pass* is the plain forward pass; the rows of *decoding
-windows* are those that verify and draft while ISD decodes (branch layout, the text fed as drafts), against PyTorch's causal
-pass and against its masks with the adapter applied by hand. Largest / mean error in units of the spread (standard
-deviation) of all logits, and how often the best token is the same. In bfloat16 ours should be as far from float32 as
-PyTorch's own; errors by position and by layer are in the picture.
+{plan["logit_rows"]} sequences of {plan["logit_tokens"]} tokens. *Clean pass* is the plain forward pass; the rows of
+*decoding windows* are those that verify and draft while ISD decodes (branch layout, the text fed as drafts), against
+PyTorch's causal pass and against its masks with the adapter applied by hand. Largest / mean error in units of the
+spread (standard deviation) of all logits, and how often the best token is the same. In bfloat16 ours should be as far
+from float32 as PyTorch's own; errors by position and by layer are in the picture.
 
 {_table(header, rows)}"""
 
@@ -125,26 +137,28 @@ def _draws(results: dict[str, Any]) -> str:
     count = draws["prefixes"] * draws["reference_texts"]
     return f"""## Draws of the next tokens
 
-{draws["prefixes"]} prefixes (the prompts of scripts/prompts.txt as chats, and each with the beginning of its answer), half
-sampled plainly at T = 1, half at T = 0.8 with top-k 50 and top-p 0.95. After each prefix every writer draws texts of {tokens}
-tokens; PyTorch's AR draws {count:,} of them as the reference.
+{draws["prefixes"]} prefixes (the prompts of scripts/prompts.txt as chats, and each with the beginning of its answer),
+half sampled plainly at T = 1, half at T = 0.8 with top-k 50 and top-p 0.95. After each prefix every writer draws
+texts of {tokens} tokens; PyTorch's AR draws {count:,} of them as the reference.
 
-Why this can fail: the first token of a text comes from a cold round and has seen no draft. The others come from drafts,
-accepted or corrected, of the rounds after; a rule that treats drafts wrongly changes the tokens from the second on, at every
-prefix in the same direction, and texts as a whole if it only breaks their dependence. For each prefix, and for the token at
-each depth and the whole text, both samples are counted in at most 64 cells, and chi-square and total variation are held
-against the permutation null (labels exchanged within the prefix). The table gives the total variation summed over prefixes,
-in standard deviations above its null, by depth; then Holm's correction over all tests of a writer (prefixes, views, both
-statistics). *PyTorch AR again* is the reference with other seeds: what no difference looks like.
+Why this can fail: the first token of a text comes from a cold round and has seen no draft. The others come from
+drafts, accepted or corrected, of the rounds after; a rule that treats drafts wrongly changes the tokens from the
+second on, at every prefix in the same direction, and texts as a whole if it only breaks their dependence. For each
+prefix, and for the token at each depth and the whole text, both samples are counted in at most 64 cells, and
+chi-square and total variation are held against the permutation null (labels exchanged within the prefix). The table
+gives the total variation summed over prefixes, in standard deviations above its null, by depth; then Holm's
+correction over all tests of a writer (prefixes, views, both statistics). *PyTorch AR again* is the reference with
+other seeds: what no difference looks like.
 
 {_table(header, rows)}
 
-Drafts accepted in the first round that verifies, against ISD written in PyTorch from the same specification (the layouts
-then have the same drafts; `gumbel` couples draft and token in another way, so it is not compared here):
+Drafts accepted in the first round that verifies, against ISD written in PyTorch from the same specification (the
+layouts then have the same drafts; `gumbel` couples draft and token in another way, so it is not compared here):
 
 {_table(["decoder", "mean of " + str(results["plan"]["stride"] - 1), "smallest corrected p"], accepted)}
 
-With the `gumbel` coupling a text is a function of its seed: the same short text as our own AR's with that seed in {same}."""
+With the `gumbel` coupling a text is a function of its seed: the same short text as our own AR's with that seed in
+{same}."""
 
 
 def _texts(results: dict[str, Any]) -> str:
@@ -158,10 +172,11 @@ def _texts(results: dict[str, Any]) -> str:
     header = ["writer", "mean tokens", "mean surprisal", *tests, "rejected", "smallest corrected p"]
     return f"""## Long texts
 
-{texts["texts"]:,} continuations of up to {texts["tokens"]} tokens from every writer, after the same {texts["prefixes"]} prefixes, against as many by
-PyTorch's AR. `mmd` is the maximum mean discrepancy of n-gram profiles (n = 1, 2, 3; Gaussian kernel); the others compare
-lengths, the share of texts that ended, surprisal under the base model (nats a token), the entropy of all tokens, and the
-n-grams used. Every column is a distance in standard deviations above its permutation null.
+{texts["texts"]:,} continuations of up to {texts["tokens"]} tokens from every writer, after the same
+{texts["prefixes"]} prefixes, against as many by PyTorch's AR. `mmd` is the maximum mean discrepancy of n-gram
+profiles (n = 1, 2, 3; Gaussian kernel); the others compare lengths, the share of texts that ended, surprisal under
+the base model (nats a token), the entropy of all tokens, and the n-grams used. Every column is a distance in standard
+deviations above its permutation null.
 
 {_table(header, rows)}"""
 
@@ -178,13 +193,20 @@ def _greedy(results: dict[str, Any]) -> str:
             if places:
                 differences.append(f"- {dtype}, {shown}: {', '.join(places)}")
     tokens = next(iter(results["greedy"].values()))["tokens"]
-    header = ["dtype", "ours", "PyTorch's text", "largest gap at a first difference", "our AR's text", "tokens a forward"]
+    header = [
+        "dtype",
+        "ours",
+        "PyTorch's text",
+        "largest gap at a first difference",
+        "our AR's text",
+        "tokens a forward",
+    ]
     listed = "\n".join(differences) or "There is none."
     return f"""## Greedy texts
 
-{tokens} tokens after each prompt, nothing ending a text early. Where a text first differs from PyTorch's, the gap is between
-PyTorch's two best logits there, in its own dtype: a gap of no more than rounding error is a tie that another order of
-summation may decide either way.
+{tokens} tokens after each prompt, nothing ending a text early. Where a text first differs from PyTorch's, the gap is
+between PyTorch's two best logits there, in its own dtype: a gap of no more than rounding error is a tie that another
+order of summation may decide either way.
 
 {_table(header, rows)}
 
@@ -194,19 +216,26 @@ Every first difference, as prompt:token (gap):
 
 
 def _how(results: dict[str, Any]) -> str:
-    seconds = results["seconds"]
-    rows = [[side, part, f"{value:.0f}"] for side in ("PyTorch", "idlm_jax") for part, value in seconds[side].items()]
+    sides = [side for run in results["runs"] for side in run["seconds"].items()]
+    rows = [[side, part, f"{value:.0f}"] for side, parts in sides for part, value in parts.items()]
     return f"""## How to read the tests
 
-A statistic is compared with its values when who wrote a text is exchanged at random among texts of the same prefix, and its
-p-value is the tail of the gamma distribution with that mean and variance (exact for a chi-square, and small p-values need
-no million of permutations; tests/evaluation/test_two_samples.py checks that p-values of equal samples are uniform). A writer
-fails if any test has p < {results["alpha"]} after Holm's correction, so equal distributions fail once in {1 / results["alpha"]:.0f} writers. Not
-rejecting is no proof of equality; the row of the {WRONG} says how large a difference these numbers of texts show.
+A statistic is compared with its values when who wrote a text is exchanged at random among texts of the same prefix,
+and its p-value is the tail of the gamma distribution with that mean and variance (exact for a chi-square, and small
+p-values need no million of permutations; tests/evaluation/test_two_samples.py checks that p-values of equal samples
+are uniform). A writer fails if any test has p < {results["alpha"]} after Holm's correction, so equal distributions
+fail once in {1 / results["alpha"]:.0f} writers. Not rejecting is no proof of equality; the row of the {WRONG} says
+how large a difference these numbers of texts show.
 
-`make test` runs the same tests on a tiny model against texts that PyTorch sampled (tests/evaluation/test_equivalence.py).
+In `make test` the same tests run on a tiny model against texts that PyTorch sampled
+(tests/evaluation/test_equivalence.py).
 
 {_table(["side", "part", "seconds"], rows)}"""
+
+
+def _wrapped(paragraph: str) -> str:
+    """Prose in lines of 120; headings, tables, lists and code as they are."""
+    return paragraph if paragraph.startswith(("#", "|", "-", "`", "!")) else textwrap.fill(paragraph, 120)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

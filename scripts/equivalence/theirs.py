@@ -133,7 +133,7 @@ def _draws(
 
 @torch.no_grad()
 def write_random_model(shape: dict, directory: Path, device: str) -> None:
-    """A checkpoint of this shape: every weight random, norms far from one, and logits that differ enough to have a best."""
+    """A checkpoint of this shape: every weight random, norms far from one, logits of a spread of about one."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(shape))
     config = transformers.AutoConfig.from_pretrained(directory)

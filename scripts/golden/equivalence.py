@@ -1,4 +1,4 @@
-"""Texts that PyTorch samples from a tiny model, and how many drafts its own ISD accepts: the statistics of make test."""
+"""Texts that PyTorch samples from a tiny model, and how many drafts its own ISD accepts: for the tests in make test."""
 
 from pathlib import Path
 

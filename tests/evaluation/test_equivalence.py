@@ -31,7 +31,9 @@ COPIES, BATCHES = 64, 8
 ALPHA = 0.01
 
 WAYS = {
-    f"{layout}-{coupling}": Policy(4, LAYOUTS[layout], COUPLINGS[coupling]) for layout in LAYOUTS for coupling in COUPLINGS
+    f"{layout}-{coupling}": Policy(4, LAYOUTS[layout], COUPLINGS[coupling])
+    for layout in LAYOUTS
+    for coupling in COUPLINGS
 }
 OFFICIAL = Policy(4, LAYOUTS["standard"], OfficialCoupling())
 

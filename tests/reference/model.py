@@ -1,7 +1,7 @@
-"""A transformers model and, by hand, a LoRA that acts on chosen rows only: the reference that shares no code with ours.
+"""A transformers model and, by hand, a LoRA that acts on chosen rows only: the reference, no code shared with ours.
 
-Plain PyTorch, no cache in what is written here, one full forward pass whenever logits are wanted (method.md 4: y = W x +
-s · (m ⊙ (x Aᵀ)) Bᵀ, m being 1 on the mask rows that draft).
+Plain PyTorch without a cache, one full forward pass whenever logits are wanted (method.md 4: y = W x + s · (m ⊙ (x Aᵀ))
+Bᵀ, m being 1 on the mask rows that draft).
 """
 
 import json

@@ -109,9 +109,7 @@ def sample(
             if step + 1 == length:
                 break
             mask, position = torch.cat([mask, torch.ones_like(position)], dim=1), position + 1
-            out = model(
-                tokens[-1], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
-            )
+            out = model(tokens[-1], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
             logits = out.logits.float()
         shape = (len(prompts), copies, length)
         yield Sampled(torch.cat(tokens, dim=1).reshape(shape), torch.stack(gaps, dim=1).reshape(shape))
