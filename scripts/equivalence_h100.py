@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import jax
 import tyro
 import yaml
 
@@ -86,6 +87,7 @@ def make_plan(settings: Settings, gguf: Path) -> Plan:
 
 def main(settings: Settings) -> None:
     """Run both sides, test, and write the report."""
+    jax.config.update("jax_platforms", "cpu")  # the GPU is for the two sides
     numbers = settings.render
     if numbers is None:
         if settings.gguf is None:

@@ -86,9 +86,9 @@ class Requests:
         return prefill_copies(self.model, self.prefixes, sampling, self.policy, self.plan.copies)
 
     def draws(self, count: int, tokens: int) -> Iterator[DecodeState]:
-        """``count`` texts of every prefix, ``copies`` at a time, seeds counted up from SEEDS."""
+        """At least ``count`` texts of every prefix, ``copies`` at a time, seeds counted up from SEEDS."""
         prefilled = self.prefill()
-        for batch in range(count // self.plan.copies):
+        for batch in range(-(-count // self.plan.copies)):
             yield draw(self.model, prefilled, SEEDS + batch * len(prefilled.done), self.policy, tokens)
 
     def texts(self, state: DecodeState, tokens: int) -> np.ndarray:
@@ -107,12 +107,13 @@ def write_sampled(model: Qwen3, plan: Plan, folder: Path, clock: Clock) -> None:
             with clock.part(f"draws, {name}"):
                 states = replace(requests, ignore_eos=True).draws(plan.draws, plan.drawn_tokens)
                 parts = [(requests.texts(s, plan.drawn_tokens), first_verified(s, requests)) for s in states]
-                draws[name] = np.concatenate([part for part, _ in parts], axis=1)
-                draws[f"{name}/accepted"] = np.concatenate([part for _, part in parts], axis=1)
+                draws[name] = np.concatenate([part for part, _ in parts], axis=1)[:, : plan.draws]
+                draws[f"{name}/accepted"] = np.concatenate([part for _, part in parts], axis=1)[:, : plan.draws]
         if "texts" in plan.parts and name in LONG_TEXTS:
             with clock.part(f"texts, {name}"):
                 states = requests.draws(plan.texts, plan.text_tokens)
-                texts[name] = np.concatenate([requests.texts(s, plan.text_tokens) for s in states], axis=1)
+                parts = [requests.texts(state, plan.text_tokens) for state in states]
+                texts[name] = np.concatenate(parts, axis=1)[:, : plan.texts]
     if draws:
         np.savez(folder / "draws-ours.npz", **draws)
     if texts:
@@ -131,9 +132,6 @@ def until_end(texts: np.ndarray, end_token: int) -> np.ndarray:
     """Texts that were not ended while they were drawn: ENDED after the first end token."""
     after = np.cumsum(texts == end_token, axis=-1) - (texts == end_token) > 0
     return np.where(after, ENDED, texts)
-
-
-_causal_logits = jax.jit(causal_logits)
 
 
 @jax.jit
@@ -201,9 +199,10 @@ def compare_logits(model: Qwen3, folder: Path, name: str, dtype: str, plan: Plan
     theirs = {each: folder / f"{name}-{each}" for each in dict.fromkeys((dtype, "float32"))}
     tokens = np.load(theirs[dtype] / "tokens.npy")
     policy = Policy(plan.stride, LAYOUTS["branch"], COUPLINGS["gumbel"])
+    outputs = layer_outputs(model, jnp.asarray(tokens))
     windows, masks = window_logits(model, tokens, policy)
     ours = {
-        "clean pass": np.asarray(_causal_logits(model, jnp.asarray(tokens))),
+        "clean pass": np.asarray(model.logits(model.norm(outputs[-1]))),
         "decoding window, clean rows": windows,
         "decoding window, mask rows": masks,
     }
@@ -214,7 +213,7 @@ def compare_logits(model: Qwen3, folder: Path, name: str, dtype: str, plan: Plan
         result["rows"][kind] = {each: _errors(logits, values) for each, values in reference.items()}
         if dtype != "float32":
             result["rows"][kind]["PyTorch itself"] = _errors(reference[dtype], reference["float32"])
-    layers = np.asarray(layer_outputs(model, jnp.asarray(tokens)).astype(jnp.float32))
+    layers = np.asarray(outputs.astype(jnp.float32))
     result["layers"] = {each: _layer_errors(layers, np.load(path / "layers.npy")) for each, path in theirs.items()}
     if dtype != "float32":
         own, exact = (np.load(theirs[each] / "layers.npy") for each in (dtype, "float32"))
