@@ -1,6 +1,6 @@
 """Is our text PyTorch's? Logits, distributions and greedy texts of both, on one GPU, and a report of it.
 
-Run by hand on a machine with a GPU, torch and transformers (8 minutes on an H100)::
+Run by hand on a machine with a GPU, torch, transformers and gguf (minutes; the report says how many)::
 
     python -m scripts.equivalence_h100 models/SmolLM2-135M-Instruct.Q4_1.gguf
 
@@ -40,12 +40,13 @@ class Settings:
     """What to compare."""
 
     gguf: tyro.conf.Positional[Path | None] = None
-    # Name of an adapter that comes with the package.
+    # PEFT directory, or the name of an adapter that comes with the package; acts on mask rows only.
     adapter: str = "smollm2-n4"
     # One prompt a line; each becomes a chat.
     prompts: Path = Path("scripts/prompts.txt")
     # Only the first so many prompts.
     limit: int | None = None
+    # What to run; the numbers of other parts stay as they are in the output.
     parts: tuple[Literal["logits", "draws", "texts", "greedy"], ...] = PARTS
     # Shapes with random weights: files of configs/models.
     shapes: tuple[str, ...] = ("qwen3-0.6b", "qwen3-8b")
@@ -53,6 +54,7 @@ class Settings:
     draws: int = 400
     # Long texts of each writer after each prefix.
     texts: int = 40
+    # Of PyTorch; ours runs where JAX does.
     device: Literal["cuda", "cpu"] = "cuda"
     # Without ending: .json, .md and .png are added.
     output: Path = Path("docs/equivalence")
@@ -62,8 +64,7 @@ class Settings:
 
 def make_plan(settings: Settings, gguf: Path) -> Plan:
     """Token ids and numbers for both sides."""
-    source, adapter = open_source(gguf), shipped_directory(settings.adapter)
-    assert adapter is not None, "give an adapter of this package"
+    source, adapter = open_source(gguf), shipped_directory(settings.adapter) or Path(settings.adapter).resolve()
     tokenizer, config = source.tokenizer(), load_adapter(adapter, source.config).config
     assert config.mask_token_id is not None
     chats = [[{"role": "user", "content": line}] for line in settings.prompts.read_text().splitlines()]

@@ -73,8 +73,8 @@ def _of_draws(comparisons: list[DrawComparison]) -> dict[str, Any]:
         each.view: {
             "chi_square": _of(each.all_chi_square),
             "total_variation": _of(each.all_total_variation),
-            "chi_square_p": [outcome.p for outcome in each.chi_square],
-            "total_variation_p": [outcome.p for outcome in each.total_variation],
+            "chi_square_p": [float(f"{outcome.p:.3g}") for outcome in each.chi_square],
+            "total_variation_p": [float(f"{outcome.p:.3g}") for outcome in each.total_variation],
         }
         for each in comparisons
     }

@@ -28,6 +28,7 @@ def draw_picture(results: dict[str, Any]) -> "Figure":
     if results.get("texts"):
         _distances(axes[1, 1], results["texts"]["writers"])
     for axis in axes.flat:
+        axis.set_visible(axis.has_data())
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     return figure
@@ -58,7 +59,7 @@ def _p_values(axis: "Axes", writers: dict[str, Any]) -> None:
     """p-values of all prefixes and depths in order: on the diagonal where nothing differs."""
     for number, (name, row) in enumerate(writers.items()):
         # Where all texts of a prefix are equal there is nothing to test.
-        p = np.concatenate([view[key] for view in row["views"].values() for key in ("total_variation_p",)])
+        p = np.concatenate([view["total_variation_p"] for view in row["views"].values()])
         p = np.sort(np.maximum(p[p < 1], FLOOR))
         uniform = (np.arange(len(p)) + 0.5) / len(p)
         wrong = name == WRONG
@@ -82,7 +83,8 @@ def _distances(axis: "Axes", writers: dict[str, Any]) -> None:
         marker, color = ("X", "black") if name == WRONG else ("o", f"C{number}")
         axis.scatter(np.arange(len(tests)) + 0.06 * (number - 3), excess, marker=marker, color=color, s=22, label=name)
     axis.axhspan(-2, 2, color="#888888", alpha=0.15)
-    axis.set_xticks(range(len(tests)), list(tests))
+    axis.set_xticks(range(len(tests)), list(tests), rotation=20)
     axis.set_yscale("symlog", linthresh=3)
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.set(ylabel="standard deviations above the null", title="long texts: distances from PyTorch's")
     axis.legend(fontsize=7)
