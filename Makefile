@@ -40,11 +40,11 @@ help:
 demo: $(VENV)/.installed
 	@$(VENV)/bin/idlm demo
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed-eval
 	@echo "Running the tests"
 	@$(VENV)/bin/python $(PYTEST) $(TEST_ARGS)
 
-check: $(VENV)/.installed
+check: $(VENV)/.installed-eval
 	@echo "Checking formatting, lint and types"
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
@@ -67,6 +67,11 @@ $(VENV)/.installed: pyproject.toml requirements/pins.txt
 	@echo "Installing the pinned packages into $(VENV) (about a minute the first time)"
 	@$(VENV)/bin/python $(PIP_INSTALL) -r requirements/pins.txt
 	@$(VENV)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.installed-eval: $(VENV)/.installed requirements/eval.txt
+	@echo "Installing what evaluation needs into $(VENV) (a minute the first time)"
+	@$(VENV)/bin/python $(PIP_INSTALL) -r requirements/pins.txt -r requirements/eval.txt
 	@touch $@
 
 # These two ask for the current releases at every run: there is no stamp to be up to date.

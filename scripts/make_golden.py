@@ -4,7 +4,8 @@ Run it by hand where torch and transformers 5 are installed (CPU is enough; peft
 when a family, RoPE type or file format is added; commit what it writes. The tests read the files and need no torch.
 
     python scripts/make_golden.py --out tests/golden                        # everything below but the real model
-    python scripts/make_golden.py --out tests/golden --only hf              # one part: hf, peft, gguf or training
+    python scripts/make_golden.py --out tests/golden --only hf              # one part, in this order:
+                                                                            # hf, peft, gguf, training, equivalence
     python scripts/make_golden.py --out tests/golden --smollm2 PATH.gguf    # only the real SmolLM2-135M-Instruct
 
 On one machine the bytes are the same at every run; another CPU or torch may differ in the last digits of the logits.
@@ -12,6 +13,7 @@ On one machine the bytes are the same at every run; another CPU or torch may dif
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on the network
@@ -19,7 +21,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on the n
 import torch
 import transformers
 
-PARTS = ("hf", "peft", "gguf", "training")
+PARTS = ("hf", "peft", "gguf", "training", "equivalence")
+sys.path.append(str(Path(__file__).parents[1]))  # tests/reference
 
 
 def main() -> None:
@@ -53,8 +56,10 @@ def write_part(part: str, out: Path) -> None:
         from golden.peft_cases import write_peft_cases as write
     elif part == "gguf":
         from golden.gguf_cases import write_gguf_cases as write
-    else:
+    elif part == "training":
         from golden.training import write_training_cases as write
+    else:
+        from golden.equivalence import write_equivalence as write
     write(out)
 
 

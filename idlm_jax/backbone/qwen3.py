@@ -309,15 +309,19 @@ class Qwen3(nnx.Module):
         return jnp.matmul(hidden, self.head().T, precision=precision, preferred_element_type=jnp.float32)
 
 
-def causal_logits(model: Qwen3, tokens: Int[Array, "B L"], adapter_from: int | None = None) -> Float[Array, "B L V"]:
-    """Logits of a plain causal pass without a cache: row i predicts token i + 1."""
-    length = tokens.shape[1]
-    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    causal = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (tokens.shape[0], length, length))
-    no_prefix = jnp.zeros((tokens.shape[0],), jnp.int32)
+def causal_attention(batch: int, length: int) -> Attend:
+    """Attention of a plain causal pass without a cache."""
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
+    no_prefix = jnp.zeros((batch,), jnp.int32)
 
     def attend(q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
         return window_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), no_prefix, causal), state
 
-    hidden, _ = model(tokens, positions, attend, None, adapter_from)
+    return attend
+
+
+def causal_logits(model: Qwen3, tokens: Int[Array, "B L"], adapter_from: int | None = None) -> Float[Array, "B L V"]:
+    """Logits of a plain causal pass without a cache: row i predicts token i + 1."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = model(tokens, positions, causal_attention(*tokens.shape), None, adapter_from)
     return model.logits(hidden)

@@ -31,6 +31,7 @@ GROUPS = {
     },
     "eval": {
         "acceptance": "how often drafts would be accepted, and the tokens a forward that follow",
+        "tasks": "scores of GSM8K, HumanEval and IFEval by AR and by strided decoding",
     },
     "bench": {
         "analyse": "tokens/s by stride, layout and batch, from acceptance and step times",

@@ -4,7 +4,9 @@ The loss mask comes from the chat template itself, whichever it is: the assistan
 the prompt that the template makes for it and the token that ends its turn.
 """
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,14 +73,14 @@ def read_prompts(path: str | Path) -> list[list[Message]]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file that are not blank, with their numbers from 1; raises UserError if it cannot be read."""
+    """The lines of a file (.gz: packed) that are not blank, numbered from 1; raises UserError if it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, line
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> Document:

@@ -7,16 +7,18 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Key
 from scipy import stats
 
 from idlm_jax.backbone.adapter import Adapter, AdapterConfig, init_adapter
 from idlm_jax.backbone.qwen3 import Qwen3, causal_logits
 from idlm_jax.backbone.weights import init_params
 from idlm_jax.config import ModelConfig
-from idlm_jax.decoding.generate import SamplingParams, advance, start
-from idlm_jax.decoding.sampling import COUPLINGS, Coupling
+from idlm_jax.decoding.generate import SamplingParams
+from idlm_jax.decoding.sampling import COUPLINGS, Coupling, Drafts, RatioCoupling
 from idlm_jax.decoding.step import Policy
 from idlm_jax.decoding.window import LAYOUTS
+from idlm_jax.evaluation.equivalence import draw, drawn_texts, prefill_copies
 
 TEXT_LENGTH = 4
 PROMPT = [1, 3, 0]
@@ -53,6 +55,18 @@ def tiny_model(config: ModelConfig | None = None, adapter: bool = False, seed: i
     config = config or tiny_config()
     params = init_params(config, jax.random.key(seed), jnp.float32)
     return Qwen3(config, params, tiny_adapter(config) if adapter else None)
+
+
+@dataclass(frozen=True)
+class OfficialCoupling(RatioCoupling):
+    """The official code's rule (method.md 3.7): drafts are the argmax of q, verified as if they were drawn from q."""
+
+    name: str = "official"
+
+    def draft(
+        self, log_q: Float[Array, "B drafts V"], key_B: Key[Array, " B"], position: Int[Array, "B drafts"]
+    ) -> Drafts:
+        return Drafts(jnp.argmax(log_q, axis=-1).astype(jnp.int32), log_q)
 
 
 @dataclass(frozen=True)
@@ -136,12 +150,9 @@ def sample_texts(
     """Batches of texts from the decoder itself, each request with a seed of its own."""
     policy = cell.policy if coupling is None else replace(cell.policy, coupling=coupling)
     sampling = SamplingParams(cell.temperature, cell.top_k, cell.top_p, max_tokens=TEXT_LENGTH)
-    prefilled = start(model, [PROMPT] * batch, [sampling] * batch, policy)
+    prefilled = prefill_copies(model, [PROMPT], [sampling], policy, batch)
     for first in range(first_seed, first_seed + count, batch):
-        seeds = jnp.arange(first, first + batch, dtype=jnp.uint32)
-        state = jax.tree.map(jnp.copy, prefilled)  # decoding donates its state
-        state = replace(state, filters=replace(state.filters, key=jax.vmap(jax.random.key)(seeds)))
-        yield np.asarray(advance(model, state, TEXT_LENGTH, policy).tokens[:, :TEXT_LENGTH])
+        yield drawn_texts(draw(model, prefilled, first, policy, TEXT_LENGTH), TEXT_LENGTH)
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,15 @@ A pairwise-covering subset of the ways to decode runs always; ``pytest -m distri
 (``scripts/distribution_table.py`` prints them as a table).
 """
 
-from dataclasses import dataclass
 from functools import cache
 
-import jax.numpy as jnp
 import pytest
-from jaxtyping import Array, Float, Int, Key
 
 from idlm_jax.backbone.qwen3 import Qwen3
-from idlm_jax.decoding.sampling import Drafts, RatioCoupling
 from tests.decoding.support import (
     ALL_CELLS,
     Cell,
+    OfficialCoupling,
     enumerate_texts,
     fit,
     fit_and_confirm,
@@ -53,18 +50,6 @@ def test_pairwise_cells_cover_every_pair_of_levels() -> None:
         return {(a, b) for row in rows for i, a in enumerate(row) for b in row[i + 1 :]}
 
     assert pairs(pairwise_cells()) == pairs(ALL_CELLS)
-
-
-@dataclass(frozen=True)
-class OfficialCoupling(RatioCoupling):
-    """The official code's rule (method.md 3.7): drafts are the argmax of q, verified as if they were drawn from q."""
-
-    name: str = "official"
-
-    def draft(
-        self, log_q: Float[Array, "B drafts V"], key_B: Key[Array, " B"], position: Int[Array, "B drafts"]
-    ) -> Drafts:
-        return Drafts(jnp.argmax(log_q, axis=-1).astype(jnp.int32), log_q)
 
 
 @pytest.mark.parametrize("layout", ["standard", "branch"])

@@ -1,0 +1,1 @@
+"""Benchmarks whose files lie here: questions, answers by every way to decode, scores, and a summary of them all."""
