@@ -1,7 +1,7 @@
 """How our pictures look: one palette, light grids, no boxes; drawn without a display and returned as PNG."""
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from idlm_jax.errors import require_installed
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Told apart by colour-blind readers too (Okabe and Ito).
-ORANGE, AMBER, PINK, BLUE, GREEN, SKY = "#d55e00", "#e69f00", "#cc79a7", "#0072b2", "#009e73", "#56b4e9"
+ORANGE, AMBER, PINK, BLUE, SKY = "#d55e00", "#e69f00", "#cc79a7", "#0072b2", "#56b4e9"
 DARK, GREY = "#555555", "#888888"
 
 
@@ -29,9 +29,10 @@ def new_figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def tidy(axis: "Axes") -> None:
-    """Grid and frame as everywhere."""
-    axis.grid(alpha=0.25)
+def tidy(axis: "Axes", grid: Literal["both", "x", "y"] = "both") -> None:
+    """Frame and, behind what is drawn, grid as everywhere."""
+    axis.grid(alpha=0.25, axis=grid)
+    axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
 
 

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from idlm_jax.plots import GREY, new_figure, tidy
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -14,11 +16,7 @@ FLOOR = 1e-12
 
 def draw_picture(results: dict[str, Any]) -> "Figure":
     """Four panels, of those whose numbers there are."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 8.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 8.5)
     axes = figure.subplots(2, 2)
     if results.get("logits"):
         _errors(axes[0, 0], results["logits"], "position")
@@ -29,8 +27,7 @@ def draw_picture(results: dict[str, Any]) -> "Figure":
         _distances(axes[1, 1], results["texts"]["writers"])
     for axis in axes.flat:
         axis.set_visible(axis.has_data())
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        tidy(axis)
     return figure
 
 
@@ -64,7 +61,7 @@ def _p_values(axis: "Axes", writers: dict[str, Any]) -> None:
         uniform = (np.arange(len(p)) + 0.5) / len(p)
         wrong = name == WRONG
         axis.plot(uniform, p, color="black" if wrong else f"C{number}", linewidth=2 if wrong else 1.2, label=name)
-    axis.plot([1e-3, 1], [1e-3, 1], color="#888888", linewidth=0.8, linestyle="--")
+    axis.plot([1e-3, 1], [1e-3, 1], color=GREY, linewidth=0.8, linestyle="--")
     axis.set(
         xscale="log",
         yscale="log",
@@ -82,7 +79,7 @@ def _distances(axis: "Axes", writers: dict[str, Any]) -> None:
         excess = [test["excess"] for test in tests.values()]
         marker, color = ("X", "black") if name == WRONG else ("o", f"C{number}")
         axis.scatter(np.arange(len(tests)) + 0.06 * (number - 3), excess, marker=marker, color=color, s=22, label=name)
-    axis.axhspan(-2, 2, color="#888888", alpha=0.15)
+    axis.axhspan(-2, 2, color=GREY, alpha=0.15)
     axis.set_xticks(range(len(tests)), list(tests), rotation=20)
     axis.set_yscale("symlog", linthresh=3)
     axis.yaxis.set_major_formatter("{x:g}")

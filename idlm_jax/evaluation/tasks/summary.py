@@ -1,6 +1,5 @@
 """What the answers of a directory come to: scores with intervals, tokens a forward and speed, by task and mode."""
 
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,13 +12,14 @@ from idlm_jax.checkpoint.atomic import write_file
 from idlm_jax.errors import UserError
 from idlm_jax.evaluation.tasks.item import import_extra
 from idlm_jax.evaluation.tasks.run import MODES, SAMPLES, TASKS, cell_name, read_samples
+from idlm_jax.plots import AMBER, BLUE, ORANGE, SKY, new_figure, tidy, to_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FILE = "summary"
 HEADER = ("task", "temperature", "mode", "questions", "score (95 % interval)", "TPF", "tokens/s", "cut", "same text")
-_COLORS = {"ar": "#0072b2", "r-isd": "#d55e00", "isd": "#e69f00", "adapted-ar": "#56b4e9"}
+_COLORS = {"ar": BLUE, "r-isd": ORANGE, "isd": AMBER, "adapted-ar": SKY}
 
 
 @dataclass(frozen=True)
@@ -168,20 +168,14 @@ def write_summary(output: Path) -> list[Row]:
 
 def plot(rows: Sequence[Row]) -> bytes:
     """A PNG: for every task its first score with its interval, and the tokens a forward, mode beside mode."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     tasks = list(dict.fromkeys(row.task for row in rows))
-    figure = Figure(figsize=(9, 2.4 * len(tasks) + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 2.4 * len(tasks) + 0.5)
     axes = figure.subplots(len(tasks), 2, squeeze=False)
     for (score_axis, speed_axis), task in zip(axes, tasks, strict=True):
         _draw_task(score_axis, speed_axis, [row for row in rows if row.task == task])
     handles = {label: bar for axis in axes.flat for bar, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), frameon=False)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    return image.getvalue()
+    return to_png(figure)
 
 
 def _draw_task(score_axis: "Axes", speed_axis: "Axes", rows: Sequence[Row]) -> None:
@@ -204,6 +198,4 @@ def _draw_task(score_axis: "Axes", speed_axis: "Axes", rows: Sequence[Row]) -> N
         axis.set_title(rows[0].task, loc="left")
         axis.set_xticks(range(len(labels)), labels)
         axis.margins(y=0.15)
-        axis.grid(alpha=0.25, axis="y")
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
+        tidy(axis, grid="y")
