@@ -39,7 +39,8 @@ if importlib.util.find_spec("idlm_jax") is None:
 TOPICS = ("the sea", "bread", "winter", "music", "a garden", "trains", "the moon", "tea", "cats", "rivers")
 SAMPLES_PER_TOPIC = 8
 LENGTH = 128  # tokens of a document, and of a row of training
-STEPS = 60  # on a GPU or TPU, 500 take a few minutes and SAMPLES_PER_TOPIC = 100 keeps them busy
+ROWS = 4  # of LENGTH tokens, a step and device
+STEPS = 40  # on a GPU or TPU take more of everything: 100 samples a topic, 32 rows, 500 steps
 TEST_PROMPT = "Why is the sky blue?"
 
 # %%
@@ -125,7 +126,7 @@ config = TrainConfig(
     ),
     optimizer=OptimizerSettings(learning_rate=3e-3, beta2=0.99),
     length=LENGTH,
-    batch_size=8 * jax.device_count(),
+    batch_size=ROWS * jax.device_count(),
     dtype=DTYPE,
     remat="none",
     evaluation=EvaluationSettings(documents=HELD_OUT, every=STEPS),

@@ -198,9 +198,9 @@ for name, (losses, program, size) in runs.items():
 rich.print(table)
 
 figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
-for (name, (losses, _, _)), style, width in zip(runs.items(), ("-", "--", ":"), (5, 3, 2), strict=True):
-    axis.plot(range(1, STEPS + 1), losses, style, linewidth=width, label=name)
-axis.set(xlabel="step", ylabel="loss", ylim=(0, None))
+for (name, (losses, _, _)), color, width in zip(runs.items(), ("#c8d4e8", "#e08a1e", "black"), (9, 4, 1), strict=True):
+    axis.plot(range(1, STEPS + 1), losses, color=color, linewidth=width, label=name)
+axis.set(xlabel="step", ylabel="loss", ylim=(0, None), xticks=range(1, STEPS + 1))
 axis.grid(alpha=0.25)
 axis.spines[["top", "right"]].set_visible(False)
 axis.legend(frameon=False)
@@ -208,8 +208,9 @@ plt.show()
 
 # %% [markdown]
 # The curves lie on each other: what differs is the order of additions, so the last digits. What also differs is what a
-# device holds and what it must exchange. `data` only sums gradients (all-reduce) and holds everything; `fsdp` fetches
-# weights just before they are used (all-gather); `tp` sums activations in every layer, so it wants the fastest links.
+# device holds and what it must exchange. `data` holds everything and exchanges little but sums of gradients (all-reduce);
+# `fsdp` fetches weights just before they are used (all-gather); `tp` sums activations in every layer (more all-reduce),
+# so it wants the fastest links.
 #
 # ## A model that needs it
 #
@@ -243,7 +244,7 @@ def gigabytes(fsdp, tp=1):
 sizes = (1, 2, 4, 8, 16, 32)
 figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
 bars = axis.bar([str(size) for size in sizes], [gigabytes(size) for size in sizes], color="#4c72b0", width=0.6)
-axis.bar_label(bars, fmt="%.1f")
+axis.bar_label(bars, fmt="%.1f", label_type="center", color="white")
 for memory, name in ((16, "TPU v5e, 16 GB"), (32, "TPU v6e, 32 GB"), (80, "H100, 80 GB")):
     axis.axhline(memory, color="#888888", linewidth=0.8, linestyle="--")
     axis.annotate(name, (len(sizes) - 0.5, memory), ha="right", va="bottom", fontsize=9, color="#555555")
