@@ -209,8 +209,8 @@ plt.show()
 # %% [markdown]
 # The curves lie on each other: what differs is the order of additions, so the last digits. What also differs is what a
 # device holds and what it must exchange. `data` holds everything and exchanges little but sums of gradients
-# (all-reduce); `fsdp` fetches weights just before they are used (all-gather); `tp` sums activations in every layer (more
-# all-reduce), so it wants the fastest links.
+# (all-reduce); `fsdp` fetches weights just before they are used (all-gather); `tp` sums activations in every layer
+# (more all-reduce), so it wants the fastest links.
 #
 # ## A model that needs it
 #
