@@ -246,7 +246,7 @@ figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
 bars = axis.bar([str(size) for size in sizes], [gigabytes(size) for size in sizes], color="#4c72b0", width=0.6)
 axis.bar_label(bars, fmt="%.1f", label_type="center", color="white")
 for memory, name in ((16, "TPU v5e, 16 GB"), (32, "TPU v6e, 32 GB"), (80, "H100, 80 GB")):
-    axis.axhline(memory, color="#888888", linewidth=0.8, linestyle="--")
+    axis.axhline(memory, color="#888888", linewidth=0.8, linestyle="--", zorder=0)
     axis.annotate(name, (len(sizes) - 0.5, memory), ha="right", va="bottom", fontsize=9, color="#555555")
 axis.set(yscale="log", ylim=(2, 300), xlabel="devices along fsdp", ylabel="GB a device, without activations")
 axis.spines[["top", "right"]].set_visible(False)
