@@ -138,19 +138,17 @@ print(f"{outcome.step} steps, adapter in {outcome.result}")
 
 # %%
 entries = read_metrics(Path(config.output))
-figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
-for loss, color in (("kl", "#e08a1e"), ("tv", "#2a9d60")):
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+for axis, loss, color in zip(axes, ("kl", "tv"), ("#e08a1e", "#2a9d60"), strict=True):
     part = [entry for entry in entries if entry["noisy_loss"] == loss]
-    axis.plot([e["step"] for e in part], [e["loss_noisy"] for e in part], color=color, label=f"{loss} on mask rows")
-axis.axvline(STEPS // 2 + 0.5, color="#888888", linewidth=0.8, linestyle="--")
-axis.set(xlabel="step", ylabel="loss", ylim=(0, None))
-axis.grid(alpha=0.25)
-axis.spines[["top", "right"]].set_visible(False)
-axis.legend(frameon=False)
+    axis.plot([entry["step"] for entry in part], [entry["loss_noisy"] for entry in part], color=color)
+    axis.set(title=f"{loss}, mask rows", xlabel="step", ylabel="loss")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
-# The two losses are of different scales, so the step between them says nothing; 1 − `tv` is acceptance.
+# The two losses have scales of their own; 1 − `tv` is acceptance, here on the text of a step.
 #
 # ## After
 #
@@ -166,7 +164,8 @@ for shift, (label, report, color) in enumerate((("before", before, "#bbbbbb"), (
     shares = report.temperatures[0].by_depth
     bars = axis.bar([depth + 0.4 * shift - 0.2 for depth in depths], shares, 0.38, color=color, label=label)
     axis.bar_label(bars, fmt="%.2f", fontsize=9)
-axis.set(xticks=depths, xlabel="depth of the draft", ylabel="acceptance, temperature 1", ylim=(0, None))
+axis.set(xticks=depths, xlabel="depth of the draft", ylabel="acceptance, temperature 1")
+axis.margins(y=0.12)
 axis.spines[["top", "right"]].set_visible(False)
 axis.legend(frameon=False)
 plt.show()
