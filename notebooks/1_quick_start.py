@@ -15,8 +15,8 @@
 #
 # A language model usually writes one token a forward pass. Introspective strided decoding (ISD) appends a few mask
 # tokens to the text; the same pass then verifies the tokens drafted before and drafts the next ones. Here a real
-# model, SmolLM2-135M-Instruct, answers a question both ways, and every draft is shown in the colour of its fate. Five
-# minutes on two CPU cores, less on a GPU or TPU.
+# model, SmolLM2-135M-Instruct, answers a question both ways, and every draft is shown in the colour of its fate. Two
+# minutes on two CPU cores.
 
 # %% [markdown]
 # The next cell installs the package where it is missing, as on a fresh Colab machine (one to three minutes), with the

@@ -16,7 +16,7 @@
 # Introspective strided decoding (ISD) drafts several tokens at mask rows and verifies them in the next forward pass.
 # Drafts are guesses, yet the text has exactly the distribution of ordinary autoregressive (AR) sampling. This notebook
 # shows it on a model so small that the probability of *every* text can be written down: first the rule for one token,
-# then whole texts from the real decoder, and at last a rule that looks right and is not. A minute on a CPU.
+# then whole texts from the real decoder, and at last a rule that looks right and is not. Two minutes on a CPU.
 
 # %% [markdown]
 # The next cell installs the package where it is missing, as on a fresh Colab machine (one to three minutes), with the
@@ -147,7 +147,7 @@ print("most likely:", ", ".join(f"{names[i]} {exact[i]:.3f}" for i in best))
 
 # %% [markdown]
 # Now samples, from the decoder that also serves large models: stride 3, so two drafts a round, 4096 texts at a time,
-# each with a seed of its own. The official rule is the ratio rule with another draft, six lines.
+# each with a seed of its own. The official rule is the ratio rule with another draft, a few lines.
 
 
 # %%
@@ -213,7 +213,7 @@ plt.show()
 # AR, gumbel and ratio stand on the bars; the official rule does not. How far may samples of the right distribution
 # stray? Total variation (half the sum of the absolute differences) falls with the square root of the number of
 # samples. The band holds 98 % of what sampling noise alone gives, simulated from the exact distribution. An exact way
-# stays in it as long as one cares to look; a wrong one leaves it and levels off at its error.
+# goes down with it, however long one looks; a wrong one leaves it and levels off at its error.
 
 # %%
 counts = np.unique(np.geomspace(256, SAMPLES, 9).astype(int))
