@@ -11,6 +11,7 @@ import pytest
 
 from idlm_jax.checkpoint.open import open_source
 from idlm_jax.cli import main as cli
+from idlm_jax.cli import render
 from idlm_jax.decoding.generate import Emission, SamplingParams, check_request
 from idlm_jax.decoding.step import Policy
 from tests.support import GOLDEN
@@ -29,7 +30,10 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The one line with which a command is refused."""
-    code, out, err = run(capsys, *arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        # A slow machine would say what it is doing before it refuses.
+        patch.setattr(render, "_QUIET_SECONDS", 600.0)
+        code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("idlm: error: ") and err.count("\n") == 1, err
     return err
