@@ -9,7 +9,7 @@ share token ids, the weights' files and nothing else. ``--parts logits`` runs on
 and keeps what the file has of the others; ``--render docs/equivalence.json`` writes the report again from the numbers.
 Minutes on a CPU, with numbers too small for a report::
 
-    python -m scripts.equivalence_h100 FILE.gguf --device cpu --limit 2 --draws 16 --texts 8 --shapes --output /tmp/e
+    python -m scripts.equivalence_h100 FILE.gguf --device cpu --limit 2 --draws 16 --texts 8 --shapes --output runs/e
 """
 
 import json
