@@ -93,6 +93,7 @@ def main(settings: Settings) -> None:
     if numbers is None:
         if settings.gguf is None:
             sys.exit("give the GGUF file of SmolLM2-135M-Instruct, or --render with the numbers of a run")
+        settings.output.parent.mkdir(parents=True, exist_ok=True)  # now: the results of minutes go there
         clock = Clock("both", {})
         with tempfile.TemporaryDirectory() as name, clock.part("the whole run"):
             folder = Path(name)
