@@ -110,7 +110,7 @@ class Accounts(RuleBasedStateMachine):
 
 
 TestAccounts = Accounts.TestCase
-TestAccounts.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestAccounts.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 
 
 def published(pages: Pages, request: str, tokens: list[int]) -> tuple[int, ...]:
