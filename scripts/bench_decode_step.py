@@ -12,7 +12,8 @@ decoding; the cache is donated and updated in place.
 
 ``--kernels auto xla`` measures with and without kernels (``auto`` takes them wherever they can run, whatever the
 default is), ``--adapter-rank 0 128`` without and with a gated LoRA on all projections, which acts on the rows after the
-first ``--adapter-from``. The floor counts its matrices.
+first ``--adapter-from``. The floor counts its matrices. ``--cache dense paged`` compares places of a request's own with
+pages scattered over memory.
 """
 
 import json
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ from idlm_jax.backbone.adapter import Adapter, AdapterConfig, absorb, init_adapt
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.backbone.weights import fuse_projections, init_params
 from idlm_jax.config import ModelConfig, load_yaml
-from idlm_jax.decoding.cache import Cache, bucket, init_cache
+from idlm_jax.decoding.cache import PAGE, Cache, bucket, init_cache
 from idlm_jax.decoding.forward import forward
 from idlm_jax.evaluation.step_cost import Shape, demand
 from pallas_kernels.decode_layer.api import by_default
@@ -58,6 +59,8 @@ class Settings:
     context: tuple[int, ...] = (512,)
     # "auto", "xla" or both.
     kernels: tuple[str, ...] = ("auto",)
+    # "dense", "paged" or both.
+    cache: tuple[Literal["dense", "paged"], ...] = ("dense",)
     # Ranks of the gated LoRA; 0 is none.
     adapter_rank: tuple[int, ...] = (0,)
     # First window row on which it acts.
@@ -73,7 +76,14 @@ class Settings:
 
 
 def decode_steps(
-    model: Qwen3, cache: Cache, tokens: jax.Array, length: jax.Array, steps: int, adapter_from: int | None, kernels: str
+    model: Qwen3,
+    cache: Cache,
+    tokens: jax.Array,
+    length: jax.Array,
+    pages: jax.Array | None,
+    steps: int,
+    adapter_from: int | None,
+    kernels: str,
 ) -> tuple[Cache, jax.Array]:
     """``steps`` forward passes over the same slots, each fed the argmax of the one before."""
     rows = tokens.shape[1]
@@ -82,7 +92,7 @@ def decode_steps(
 
     def body(_: int, carry: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:
         cache, tokens = carry
-        hidden, cache = forward(model, tokens, positions, length, mask, cache, adapter_from, kernels)
+        hidden, cache = forward(model, tokens, positions, length, mask, cache, adapter_from, kernels, pages)
         return cache, jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32)
 
     return jax.lax.fori_loop(0, steps, body, (cache, tokens))
@@ -133,27 +143,37 @@ def make_model(config: ModelConfig, dtype: jnp.dtype, rank: int) -> Qwen3:
 
 
 def measure(
-    model: Qwen3, batch: int, rows: int, context: int, adapter_from: int | None, kernels: str, settings: Settings
+    model: Qwen3,
+    batch: int,
+    rows: int,
+    context: int,
+    adapter_from: int | None,
+    kernels: str,
+    paged: bool,
+    settings: Settings,
 ) -> dict[str, float]:
     """Compile and time one case; seconds, and launches a step."""
-    config, slots = model.config, bucket(context + rows)
-    cache = init_cache(config, batch, slots, model.dtype)
+    config, slots, pages = model.config, bucket(context + rows), None
+    if paged:
+        pages = 1 + jax.random.permutation(jax.random.key(4), batch * -(-slots // PAGE)).reshape(batch, -1)
+    sizes = (batch, slots) if pages is None else (pages.size + 1, PAGE)
+    cache = init_cache(config, *sizes, model.dtype)
     cache = jax.tree.map(lambda x: jax.random.normal(jax.random.key(2), x.shape, x.dtype), cache)
     tokens = jax.random.randint(jax.random.key(3), (batch, rows), 0, config.vocab_size)
     length = jnp.full((batch,), context)
     jitted = jax.jit(decode_steps, static_argnames=("steps", "adapter_from", "kernels"), donate_argnames="cache")
     began = time.perf_counter()
-    compiled = jitted.lower(model, cache, tokens, length, settings.steps, adapter_from, kernels).compile()
+    compiled = jitted.lower(model, cache, tokens, length, pages, settings.steps, adapter_from, kernels).compile()
     compile_seconds = time.perf_counter() - began
     times = []
     for _ in range(settings.repeats + 1):
         began = time.perf_counter()
-        cache, tokens = jax.block_until_ready(compiled(model, cache, tokens, length))
+        cache, tokens = jax.block_until_ready(compiled(model, cache, tokens, length, pages))
         times.append((time.perf_counter() - began) / settings.steps)
     if settings.profile:
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder, create_perfetto_trace=True):
-                cache, tokens = jax.block_until_ready(compiled(model, cache, tokens, length))
+                cache, tokens = jax.block_until_ready(compiled(model, cache, tokens, length, pages))
             lines = longest_kernels(Path(folder), settings.profile, settings.steps)
         print("\n".join(lines), file=sys.stderr, flush=True)
     return {
@@ -172,12 +192,13 @@ def main(settings: Settings) -> None:
     cases = []
     for rank in settings.adapter_rank:
         model = make_model(config, dtype, rank)
-        given = product(settings.batch, settings.context, settings.rows, settings.kernels)
-        for batch, context, rows, kernels in given:
+        given = product(settings.batch, settings.context, settings.rows, settings.kernels, settings.cache)
+        for batch, context, rows, kernels, cache in given:
             needed_bytes, flops = demand(config, Shape(batch, rows, context, rank), dtype)
-            case = measure(model, batch, rows, context, settings.adapter_from if rank else None, kernels, settings)
+            adapter_from = settings.adapter_from if rank else None
+            case = measure(model, batch, rows, context, adapter_from, kernels, cache == "paged", settings)
             floors = {"byte_floor": needed_bytes / bandwidth, "flop_floor": flops / peak}
-            names = {"batch": batch, "rows": rows, "context": context, "rank": rank, "kernels": kernels}
+            names = {"batch": batch, "rows": rows, "context": context, "rank": rank, "kernels": kernels, "cache": cache}
             cases.append({**names, **case, **floors})
             print(cases[-1], file=sys.stderr, flush=True)
         del model
@@ -188,7 +209,7 @@ def main(settings: Settings) -> None:
         return
     title = f"{settings.model.stem}, {dtype.name}, {device}, jax {jax.__version__}"
     print(f"measured ceilings: copy {bandwidth / 1e12:.2f} TB/s, matrix product {peak / 1e12:.0f} TFLOP/s")
-    names = ("batch", "rows", "context", "rank", "kernels", "launches")
+    names = ("batch", "rows", "context", "rank", "kernels", "cache", "launches")
     columns = (*names, "step ms", "byte floor ms", "FLOP floor ms", "step / floor", "compile s")
     table = Table(*columns, title=title)
     for case in cases:
@@ -196,7 +217,7 @@ def main(settings: Settings) -> None:
         milliseconds = [f"{1e3 * case[key]:.2f}" for key in ("step", "byte_floor", "flop_floor")]
         sizes = [str(case[key]) for key in names]
         table.add_row(*sizes, *milliseconds, f"{ratio:.2f}", f"{case['compile']:.1f}")
-    Console(width=110).print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

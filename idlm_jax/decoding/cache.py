@@ -1,10 +1,13 @@
-"""The dense key/value cache: one pair of arrays a layer, [batch, key/value heads, slots, head_dim].
+"""The key/value cache: one pair of arrays a layer, [batch, key/value heads, slots, head_dim].
 
 A token's slot is its position. A round writes its W rows into slots length … length + W - 1 in row order; clean rows
 come first, so the accepted ones already lie where they belong, and the rest is overwritten by the next round.
 
 A round reads every slot, used or not. A batch whose requests differ in length may therefore keep several pairs a layer,
 *pools* of consecutive requests with as many slots each as they need.
+
+Or the cache is *paged* (vLLM's, arXiv 2309.06180): the batch axis counts pages of a few slots each, and a table says
+which pages are a request's, in order of its slots. A prompt is prefilled into a dense cache and copied.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,11 +19,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from idlm_jax.backbone.qwen3 import Attend
 from idlm_jax.config import ModelConfig
-from pallas_kernels.decode_attention.api import window_attention
+from pallas_kernels.decode_attention.api import paged_window_attention, window_attention
+from pallas_kernels.decode_attention.reference import place_in_pages
 
-# Keys and values, of each pool in turn.
+# Keys and values, of each pool in turn; or pages of both.
 LayerCache = tuple[Float[Array, "B K S d"], ...]
 Cache = tuple[LayerCache, ...]
+
+# Slots of a page: whole tiles of the attention kernels.
+PAGE = 64
+# The page that is nobody's: what is written where no request runs lands here, and nobody reads it.
+BIN = 0
 
 # The smallest cache, prefill chunk and output buffer; larger ones double, so that few programs are compiled.
 SMALLEST_BUCKET = 32
@@ -53,9 +62,16 @@ def cache_bytes(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -
 
 
 def write_rows(
-    cache: Float[Array, "B K S d"], rows: Float[Array, "B W K d"], length_B: Int[Array, " B"]
-) -> Float[Array, "B K S d"]:
+    cache: Float[Array, "P K S d"],
+    rows: Float[Array, "B W K d"],
+    length_B: Int[Array, " B"],
+    pages_BN: Int[Array, "B N"] | None = None,
+) -> Float[Array, "P K S d"]:
     """Store W rows at slots ``length … length + W - 1`` of every request; the cache must have room for them."""
+    if pages_BN is not None:
+        slot_BW = length_B[:, None] + jnp.arange(rows.shape[1])
+        page_BW, place_BW = place_in_pages(pages_BN, slot_BW, cache.shape[2])
+        return cache.at[page_BW, :, place_BW].set(rows.astype(cache.dtype))
 
     def store(cache_KSd: Array, rows_KWd: Array, length: Array) -> Array:
         return jax.lax.dynamic_update_slice(cache_KSd, rows_KWd, (0, length, 0))
@@ -67,16 +83,41 @@ def write_rows(
     return jax.vmap(store)(cache, rows_BKWd, length_B)
 
 
+def store_pages(cache: Cache, dense: Cache, row_F: Int[Array, " F"], pages_FN: Int[Array, "F N"]) -> Cache:
+    """Copy rows of a dense cache to pages, slot 0 on to the first; ``BIN`` for slots that nobody asks for."""
+
+    def store(old: Float[Array, "P K page d"], new: Float[Array, "B K S d"]) -> Array:
+        _, heads, page, size = old.shape
+        pages = min(pages_FN.shape[1], -(-new.shape[2] // page))
+        slots = min(pages * page, new.shape[2])
+        rows = jnp.pad(new[row_F, :, :slots], ((0, 0), (0, 0), (0, pages * page - slots), (0, 0)))
+        return old.at[pages_FN[:, :pages]].set(rows.reshape(-1, heads, pages, page, size).swapaxes(1, 2))
+
+    return jax.tree.map(store, cache, dense)
+
+
+def load_pages(dense: Cache, cache: Cache, row_F: Int[Array, " F"], pages_FN: Int[Array, "F N"]) -> Cache:
+    """Copy pages to rows of a dense cache that has room for them, the first to slot 0 on: ``store_pages`` undone."""
+
+    def load(old: Float[Array, "B K S d"], new: Float[Array, "P K page d"]) -> Array:
+        rows = new[pages_FN].swapaxes(1, 2)
+        return old.at[row_F, :, : rows.shape[2] * rows.shape[3]].set(rows.reshape(*rows.shape[:2], -1, rows.shape[4]))
+
+    return jax.tree.map(load, dense, cache)
+
+
 def over_pools(
-    attend: Callable[[slice, Array, Array], tuple[Array, Array, Array]], state: LayerCache
+    attend: Callable[[slice, Array, Array], tuple[Array, Array, Array]],
+    state: LayerCache,
+    pages_BN: Int[Array, "B N"] | None = None,
 ) -> tuple[Float[Array, "B W H d"], LayerCache]:
     """Attention of one layer: ``attend`` sees the requests of a pool, their keys and their values.
 
-    It returns the output of these requests and the new keys and values.
+    It returns the output of these requests and the new keys and values. All requests share pages.
     """
     outputs, stored, first = [], [], 0
     for keys, values in batched(state, 2):
-        pool = slice(first, first + keys.shape[0])
+        pool = slice(first, first + len(keys if pages_BN is None else pages_BN))
         first = pool.stop
         out, keys, values = attend(pool, keys, values)
         outputs.append(out)
@@ -84,17 +125,36 @@ def over_pools(
     return jnp.concatenate(outputs), tuple(stored)
 
 
+def attend_window(
+    q_BWHd: Float[Array, "B W H d"],
+    keys: Float[Array, "P K S d"],
+    values: Float[Array, "P K S d"],
+    pages_BN: Int[Array, "B N"] | None,
+    length_B: Int[Array, " B"],
+    mask_BWW: Bool[Array, "B W W"],
+    implementation: str,
+) -> Float[Array, "B W H d"]:
+    """Attention of a window whose keys and values are stored, over pages or without them."""
+    if pages_BN is None:
+        return window_attention(q_BWHd, keys, values, length_B, mask_BWW, implementation=implementation)
+    return paged_window_attention(q_BWHd, keys, values, pages_BN, length_B, mask_BWW, implementation=implementation)
+
+
 def cached_attention(
-    length_B: Int[Array, " B"], mask_BWW: Bool[Array, "B W W"], implementation: str = "auto"
+    length_B: Int[Array, " B"],
+    mask_BWW: Bool[Array, "B W W"],
+    implementation: str = "auto",
+    pages_BN: Int[Array, "B N"] | None = None,
 ) -> Attend:
     """Attention of a window over a cache: store the window's keys and values, then attend to prefix and window."""
 
     def attend(q: Array, k: Array, v: Array, state: LayerCache) -> tuple[Array, LayerCache]:
         def attend_pool(pool: slice, keys: Array, values: Array) -> tuple[Array, Array, Array]:
-            keys, values = (write_rows(old, new[pool], length_B[pool]) for old, new in ((keys, k), (values, v)))
-            out = window_attention(q[pool], keys, values, length_B[pool], mask_BWW[pool], implementation=implementation)
+            length = length_B[pool]
+            keys, values = (write_rows(old, new[pool], length, pages_BN) for old, new in ((keys, k), (values, v)))
+            out = attend_window(q[pool], keys, values, pages_BN, length, mask_BWW[pool], implementation)
             return out, keys, values
 
-        return over_pools(attend_pool, state)
+        return over_pools(attend_pool, state, pages_BN)
 
     return attend

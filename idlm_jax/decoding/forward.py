@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from idlm_jax.backbone.layers import AdaptedLinear, FusedLinear, Linear, rope_tables
 from idlm_jax.backbone.qwen3 import Attention, Block, Qwen3
-from idlm_jax.decoding.cache import Cache, LayerCache, cached_attention, over_pools
-from pallas_kernels.decode_attention.api import packed_window_attention, packing, window_attention
+from idlm_jax.decoding.cache import Cache, LayerCache, attend_window, cached_attention, over_pools
+from pallas_kernels.decode_attention.api import packed_window_attention, packing
 from pallas_kernels.decode_layer.api import choose
 from pallas_kernels.decode_layer.product import Expand, Normed, Product, multiply
 from pallas_kernels.decode_layer.reference import scale_rows
@@ -31,17 +31,19 @@ def forward(
     cache: Cache,
     adapter_from: int | None = None,
     kernels: str = "auto",
+    pages_BN: Int[Array, "B N"] | None = None,
 ) -> tuple[Float[Array, "B W D"], Cache]:
     """Final hidden states of the windows, and the cache with their keys and values at slots ``length …``.
 
-    Every row sees the slots before its request's length and, inside the window, what the mask (row, key) allows.
+    Every row sees the slots before its request's length and, inside the window, what the mask (row, key) allows. Of a
+    paged cache ``pages`` are those of each request.
     """
     dtype = cache[0][0].dtype
     if choose(kernels, tokens, dtype, model.config.head_dim, partial(_lacking, model, dtype)) == "xla":
-        return model(tokens, positions, cached_attention(length_B, mask_BWW, kernels), cache, adapter_from)
+        return model(tokens, positions, cached_attention(length_B, mask_BWW, kernels, pages_BN), cache, adapter_from)
     from pallas_kernels.decode_layer import gpu  # needs the optional packages
 
-    return forward_by(gpu, model, tokens, positions, length_B, mask_BWW, cache, adapter_from, kernels)
+    return forward_by(gpu, model, tokens, positions, length_B, mask_BWW, cache, adapter_from, kernels, pages_BN)
 
 
 def _lacking(model: Qwen3, dtype: jnp.dtype) -> str | None:
@@ -71,6 +73,7 @@ def forward_by(
     cache: Cache,
     adapter_from: int | None,
     kernels: str,
+    pages_BN: Int[Array, "B N"] | None = None,
 ) -> tuple[Float[Array, "B W D"], Cache]:
     """``forward`` with the given operations between products: the kernels or their reference."""
     rows = tokens.shape[1]
@@ -85,7 +88,7 @@ def forward_by(
     for block, next_scale, state in zip(layers, next_scales, cache, strict=True):
         attention, mlp = block.self_attn, block.mlp
         product = _product(cast("FusedLinear", attention.qkv_proj), normed, gate, epsilon)
-        out, state = _attend(operations, attention, product, tables, length_B, mask_BWW, state, kernels)
+        out, state = _attend(operations, attention, product, tables, length_B, mask_BWW, state, kernels, pages_BN)
         product = _product(attention.o_proj, out, gate, epsilon)
         x, normed = operations.add(x, product, block.post_attention_layernorm.scale[...])
         product = _product(cast("FusedLinear", mlp.gate_up_proj), normed, gate, epsilon)
@@ -116,6 +119,7 @@ def _attend(
     mask_BWW: Array,
     state: LayerCache,
     kernels: str,
+    pages_BN: Array | None,
 ) -> tuple[Float[Array, "B W O"], LayerCache]:
     """Attention of one layer, pool by pool."""
     scales = None
@@ -123,16 +127,18 @@ def _attend(
         scales = attention.q_norm.scale[...], attention.k_norm.scale[...]
 
     def attend(pool: slice, keys: Array, values: Array) -> tuple[Array, Array, Array]:
-        requests, heads, _, size = keys.shape
-        q_shape = requests, mask_BWW.shape[1], product.columns // size - 2 * heads, size
-        pack = packing(kernels, jax.ShapeDtypeStruct(q_shape, keys.dtype), keys)
-        q, keys, values = operations.rotate_and_store(product, scales, tables, keys, values, length_B, pool.start, pack)
-        window = length_B[pool], mask_BWW[pool]
+        _, heads, _, size = keys.shape
+        mask, length = mask_BWW[pool], length_B[pool]
+        q_shape = *mask.shape[:2], product.columns // size - 2 * heads, size
+        pack = packing(kernels, jax.ShapeDtypeStruct(q_shape, keys.dtype), keys, pages_BN is not None)
+        q, keys, values = operations.rotate_and_store(
+            product, scales, tables, keys, values, length_B, pool.start, pack, pages_BN
+        )
         if pack is None:
-            out = window_attention(q, keys, values, *window, implementation=kernels)
+            out = attend_window(q, keys, values, pages_BN, length, mask, kernels)
         else:
-            out = packed_window_attention(q, keys, values, *window, pack)
+            out = packed_window_attention(q, keys, values, pages_BN, length, mask, pack)
         return out, keys, values
 
-    out, state = over_pools(attend, state)
+    out, state = over_pools(attend, state, pages_BN)
     return out.reshape(*out.shape[:2], -1), state

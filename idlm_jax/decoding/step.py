@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from idlm_jax.backbone.qwen3 import Qwen3
-from idlm_jax.decoding.cache import Cache
+from idlm_jax.decoding.cache import BIN, Cache
 from idlm_jax.decoding.forward import forward
 from idlm_jax.decoding.sampling import Coupling, Drafts, Filters
 from idlm_jax.decoding.window import Layout, build_window, window_rows
@@ -43,7 +43,7 @@ class Policy:
 class DecodeState:
     """Everything a batch of requests carries from round to round."""
 
-    # Keys and values of committed tokens: slots 0 … length - 1 of every request.
+    # Keys and values of committed tokens: slots 0 … length - 1 of every request, in places of its own or in pages.
     cache: Cache
     # Cache slots the request may use. Where a round's window would not fit, the request waits, unchanged.
     slots: Int[Array, " B"]
@@ -63,23 +63,31 @@ class DecodeState:
     filters: Filters
     max_tokens: Int[Array, " B"]
     eos: Int[Array, "B E"]
+    # Of a paged cache: the pages of every request in order of its slots, ``BIN`` after them.
+    pages: Int[Array, "B N"] | None = None
 
 
 def decode_round(model: Qwen3, state: DecodeState, policy: Policy) -> DecodeState:
     """One forward pass and its consequences for every request that is not done."""
     stride, mask_token_id = policy.stride, model.config.mask_token_id
+    active = running(state, policy)
+    length, pages = state.length, state.pages
+    if pages is not None:
+        # A request that takes no part writes to no page of its own, and there is nothing for it to read.
+        length, pages = jnp.where(active, length, 0), jnp.where(active[:, None], pages, BIN)
     window = build_window(
-        policy.layout, stride, mask_token_id or 0, state.length, state.pending, state.drafts.tokens, state.warm
+        policy.layout, stride, mask_token_id or 0, length, state.pending, state.drafts.tokens, state.warm
     )
     hidden, cache = forward(
         model,
         window.tokens,
         window.positions,
-        state.length,
+        length,
         window.mask,
         state.cache,
         policy.adapter_from,
         policy.kernels,
+        pages,
     )
     logits = model.logits(hidden)
     positions = state.emitted[:, None] + jnp.arange(stride)
@@ -117,7 +125,7 @@ def decode_round(model: Qwen3, state: DecodeState, policy: Policy) -> DecodeStat
         drafts=drafts,
         warm=policy.layout.next_warm(state.warm, accepted, stride),
     )
-    return _emit(state, after, accepted, token, running(state, policy))
+    return _emit(state, after, accepted, token, active)
 
 
 def running(state: DecodeState, policy: Policy) -> Bool[Array, " B"]:
@@ -183,16 +191,16 @@ def prefill_chunk(
     model: Qwen3,
     cache: Cache,
     tokens: Int[Array, "B C"],
-    start: Int[Array, ""],
+    start: Int[Array, "#B"] | Int[Array, ""],
     adapter_from: int | None,
     kernels: str = "auto",
 ) -> Cache:
-    """Store the keys and values of C prompt tokens of every request at slots ``start …``; computes no logits.
+    """Store the keys and values of C prompt tokens of every request at its slots ``start …``; computes no logits.
 
     Shorter prompts are padded on the right: what the padding stores lies beyond their length and is never read.
     """
     batch, rows = tokens.shape
-    start_B = jnp.full((batch,), start)
+    start_B = jnp.broadcast_to(start, (batch,))
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool)), (batch, rows, rows))
     positions = start_B[:, None] + jnp.arange(rows)
     return forward(model, tokens, positions, start_B, causal, cache, adapter_from, kernels)[1]

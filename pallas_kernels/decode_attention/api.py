@@ -52,27 +52,30 @@ def paged_window_attention(
     return dispatch.on_each_device(attend, q_BWHd, k_PKSd, v_PKSd, pages_BN, prefix_B, mask_BWW)
 
 
-def packing(implementation: str, q_BWHd: jax.ShapeDtypeStruct, k_BKSd: Float[Array, "B K S d"]) -> Packing | None:
+def packing(
+    implementation: str, q_BWHd: jax.ShapeDtypeStruct, k_PKSd: Float[Array, "P K S d"], paged: bool
+) -> Packing | None:
     """How the kernel that would run wants such queries packed; None where it takes them as they are.
 
     Whoever makes the queries may then make them packed, for ``packed_window_attention``. For one device.
     """
-    if _choose(implementation, q_BWHd, k_BKSd, paged=False) == "xla" or dispatch.device() == "tpu":
+    if _choose(implementation, q_BWHd, k_PKSd, paged) == "xla" or dispatch.device() == "tpu":
         return None
-    return dispatch.kernels("decode_attention").packing(q_BWHd, k_BKSd, paged=False)
+    return dispatch.kernels("decode_attention").packing(q_BWHd, k_PKSd, paged)
 
 
 def packed_window_attention(
     q_BKTrd: Float[Array, "B K T stored d"],
-    k_BKSd: Float[Array, "B K S d"],
-    v_BKSd: Float[Array, "B K S d"],
+    k_PKSd: Float[Array, "P K S d"],
+    v_PKSd: Float[Array, "P K S d"],
+    pages_BN: Int[Array, "B N"] | None,
     prefix_B: Int[Array, " B"],
     mask_BWW: Bool[Array, "B W W"],
     pack: Packing,
 ) -> Float[Array, "B W H d"]:
-    """``window_attention`` of packed queries by the kernel that ``packing`` answered for."""
+    """Attention of packed queries by the kernel that ``packing`` answered for, over pages or without them."""
     kernels = dispatch.kernels("decode_attention")
-    return kernels.packed_window_attention(q_BKTrd, k_BKSd, v_BKSd, prefix_B, mask_BWW, pack)
+    return kernels.packed_window_attention(q_BKTrd, k_PKSd, v_PKSd, pages_BN, prefix_B, mask_BWW, pack)
 
 
 def _choose(implementation: str, q: Array | jax.ShapeDtypeStruct, k: Array, paged: bool) -> str:

@@ -62,21 +62,25 @@ def window_attention(
     share the keys of a request and key head. Raises ValueError for shapes and dtypes that the kernel does not cover.
     """
     pack = packing(q_BWHd, k_BKSd, paged=False)
-    return _attend(pack.packed(q_BWHd), k_BKSd, v_BKSd, None, prefix_B, mask_BWW, pack, splits)
+    return packed_window_attention(pack.packed(q_BWHd), k_BKSd, v_BKSd, None, prefix_B, mask_BWW, pack, splits=splits)
 
 
 def packed_window_attention(
     q_BKTrd: Float[Array, "B K T stored d"],
-    k_BKSd: Float[Array, "B K S d"],
-    v_BKSd: Float[Array, "B K S d"],
+    k_PKSd: Float[Array, "P K S d"],
+    v_PKSd: Float[Array, "P K S d"],
+    pages_BN: Int[Array, "B N"] | None,
     prefix_B: Int[Array, " B"],
     mask_BWW: Bool[Array, "B W W"],
     pack: Packing,
     *,
     splits: int | None = None,
 ) -> Float[Array, "B W H d"]:
-    """As ``window_attention``, of queries that ``pack = packing(…)`` has packed or somebody else has for it."""
-    return _attend(q_BKTrd, k_BKSd, v_BKSd, None, prefix_B, mask_BWW, pack, splits)
+    """As ``paged_window_attention``, or ``window_attention`` without pages, of packed queries.
+
+    ``pack = packing(…)`` has packed them, or somebody else has for it.
+    """
+    return _attend(q_BKTrd, k_PKSd, v_PKSd, pages_BN, prefix_B, mask_BWW, pack, splits)
 
 
 def paged_window_attention(
@@ -94,7 +98,9 @@ def paged_window_attention(
     Entries of ``pages_BN`` after a request's last slot are not read.
     """
     pack = packing(q_BWHd, k_PKSd, paged=True)
-    return _attend(pack.packed(q_BWHd), k_PKSd, v_PKSd, pages_BN, prefix_B, mask_BWW, pack, splits)
+    return packed_window_attention(
+        pack.packed(q_BWHd), k_PKSd, v_PKSd, pages_BN, prefix_B, mask_BWW, pack, splits=splits
+    )
 
 
 def packing(q_BWHd: Array | jax.ShapeDtypeStruct, k: Array, paged: bool) -> Packing:

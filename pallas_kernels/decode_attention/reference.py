@@ -42,6 +42,13 @@ def window_attention(
     return out.reshape(q_BWHd.shape).astype(q_BWHd.dtype)
 
 
+def place_in_pages(
+    pages_BN: Int[Array, "B N"], slot_BW: Int[Array, "B W"], page: int
+) -> tuple[Int[Array, "B W"], Int[Array, "B W"]]:
+    """Which page of ``page`` slots each slot of a request lies in, and where in it."""
+    return jnp.take_along_axis(pages_BN, slot_BW // page, axis=1, mode="clip"), slot_BW % page
+
+
 def paged_window_attention(
     q_BWHd: Float[Array, "B W H d"],
     k_PKSd: Float[Array, "P K page d"],
@@ -52,11 +59,15 @@ def paged_window_attention(
 ) -> Float[Array, "B W H d"]:
     """``window_attention`` over a cache in pages: slot s of request b lies in page ``pages[b, s // page]``.
 
-    Entries after the page of a request's last slot may be anything, also numbers of pages that do not exist.
+    Entries after the page of a request's last slot may be anything, also numbers of pages that do not exist; slots from
+    ``prefix + W`` on, which others may have filled before, may hold anything.
     """
+    end_B = prefix_B + q_BWHd.shape[1]
 
     def dense(pages_PKSd: Array) -> Float[Array, "B K S d"]:
         gathered = jnp.take(pages_PKSd, pages_BN, axis=0, mode="clip").swapaxes(1, 2)
-        return gathered.reshape(*gathered.shape[:2], -1, gathered.shape[-1])
+        gathered = gathered.reshape(*gathered.shape[:2], -1, gathered.shape[-1])
+        used_BS = jnp.arange(gathered.shape[2]) < end_B[:, None]
+        return jnp.where(used_BS[:, None, :, None], gathered, 0)
 
     return window_attention(q_BWHd, dense(k_PKSd), dense(v_PKSd), prefix_B, mask_BWW)

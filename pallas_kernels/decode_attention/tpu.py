@@ -133,7 +133,7 @@ def _attend(
             if not table:
                 return row, 0, *((0, j) if slot_axis == 2 else (j, 0))
             # Beyond the last page in use stay where the step before was, so that nothing is fetched.
-            last = jnp.minimum((prefix[row] + window - 1) // page, pages - 1)
+            last = jnp.minimum(jax.lax.div(prefix[row] + window - 1, page), pages - 1)
             held = jnp.where(j >= pages_of_step, j - pages_of_step, last)
             return table[0][row * pages + jnp.where(j <= last, j, held)], 0, 0, 0
 

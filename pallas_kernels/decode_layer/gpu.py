@@ -120,16 +120,20 @@ def rotate_and_store(
     length_B: Int[Array, " B"],
     first: int = 0,
     pack: Packing | None = None,
+    pages_BN: Int[Array, "B N"] | None = None,
 ) -> tuple[Float[Array, "P W H d"] | Float[Array, "P K T stored d"], Float[Array, "P K S d"], Float[Array, "P K S d"]]:
     """As ``reference.rotate_and_store``, with the caches written in place.
 
     Rows that fill up a tile of packed queries are not written.
     """
     constants = _constants(product)
-    requests, heads, slots, head_dim = k_PKSd.shape
+    _, heads, slots, head_dim = k_PKSd.shape
+    requests = len(k_PKSd if pages_BN is None else pages_BN)
     rows = constants["W"]
     query_heads = product.columns // head_dim - 2 * heads
-    operands = (*_operands(product), *((product.parts_SBWC,) * 2 if scales is None else scales), *tables, length_B)
+    # Lengths stand for the pages that are not there.
+    wheres = length_B, length_B if pages_BN is None else pages_BN
+    operands = (*_operands(product), *((product.parts_SBWC,) * 2 if scales is None else scales), *tables, *wheres)
     q_shape = (requests, rows, query_heads, head_dim) if pack is None else pack.shape(requests, head_dim)
     q, cache = (jax.ShapeDtypeStruct(shape, k_PKSd.dtype) for shape in (q_shape, k_PKSd.shape))
     return tuple(
@@ -146,6 +150,7 @@ def rotate_and_store(
             H=query_heads,
             K=heads,
             S=slots,
+            PAGES=0 if pages_BN is None else pages_BN.shape[1],
             HALF=head_dim // 2,
             NORM=scales is not None,
             TILES_Q=1 if pack is None else pack.tiles,

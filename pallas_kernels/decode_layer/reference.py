@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_attention.packing import Packing
+from pallas_kernels.decode_attention.reference import place_in_pages
 from pallas_kernels.decode_layer.product import Normed, Product
 
 # Columns whose squares are summed together.
@@ -42,14 +43,18 @@ def rotate_and_store(
     length_B: Int[Array, " B"],
     first: int = 0,
     pack: Packing | None = None,
+    pages_BN: Int[Array, "B N"] | None = None,
 ) -> tuple[Float[Array, "P W H d"] | Float[Array, "P K T stored d"], Float[Array, "P K S d"], Float[Array, "P K S d"]]:
     """Queries, keys and values side by side in a product, each head normed and rotated; keys and values are stored.
 
     ``scales`` are those of the norms of queries and keys, with the epsilon of the product, None without such
     norms. The caches belong to the P requests from ``first`` on; each stores its rows at slots ``length …``, moved back
-    to where they fit. Returns the queries of these requests, packed if ``pack`` says how, and the caches.
+    to where they fit. With ``pages``, the caches are pages of S slots and belong to all requests: slot s of request b
+    lies in page ``pages[b, s // S]``, and no two requests may store rows in one place but where nobody reads.
+    Returns the queries of these requests, packed if ``pack`` says how, and the caches.
     """
-    requests, heads, slots, head_dim = k_PKSd.shape
+    _, heads, slots, head_dim = k_PKSd.shape
+    requests = len(k_PKSd if pages_BN is None else pages_BN)
     pool = slice(first, first + requests)
     y = product.finished()[pool]
     rows = y.shape[1]
@@ -69,12 +74,14 @@ def rotate_and_store(
         one, two = jnp.split(x, 2, axis=-1)
         return jnp.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1)
 
-    start_P = jnp.minimum(length_B[pool], slots - rows)
-    slot_PW = start_P[:, None] + jnp.arange(rows)
-    request_P1 = jnp.arange(requests)[:, None]
+    if pages_BN is None:
+        start_P = jnp.minimum(length_B[pool], slots - rows)
+        place = jnp.arange(requests)[:, None], start_P[:, None] + jnp.arange(rows)
+    else:
+        place = place_in_pages(pages_BN, length_B[:, None] + jnp.arange(rows), slots)
 
     def stored(cache: Array, x: Array) -> Array:
-        return cache.at[request_P1, :, slot_PW].set(x.astype(cache.dtype))
+        return cache.at[place[0], :, place[1]].set(x.astype(cache.dtype))
 
     q = rotated(q).astype(k_PKSd.dtype)
     return q if pack is None else pack.packed(q), stored(k_PKSd, rotated(k)), stored(v_PKSd, v)

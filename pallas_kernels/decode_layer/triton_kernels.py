@@ -164,17 +164,19 @@ def gate_rows(
 @triton.jit
 def rotate_rows(
     parts_ptr, bias_ptr, squares_in_ptr, b_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr, length_ptr,
-    k_old_ptr, v_old_ptr, q_ptr, k_ptr, v_ptr,
+    pages_ptr, k_old_ptr, v_old_ptr, q_ptr, k_ptr, v_ptr,
     R: tl.constexpr, W: tl.constexpr, C: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr,
     T: tl.constexpr, TILES: tl.constexpr, INPUTS: tl.constexpr, EPSILON: tl.constexpr,
     RANK: tl.constexpr, RANKS: tl.constexpr, LORA_SCALE: tl.constexpr, FIRST_ROW: tl.constexpr,
-    FIRST: tl.constexpr, POOL: tl.constexpr, H: tl.constexpr, K: tl.constexpr, S: tl.constexpr, HALF: tl.constexpr,
-    NORM: tl.constexpr, TILES_Q: tl.constexpr, TILE_WINDOW: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr,
+    FIRST: tl.constexpr, POOL: tl.constexpr, H: tl.constexpr, K: tl.constexpr, S: tl.constexpr, PAGES: tl.constexpr,
+    HALF: tl.constexpr, NORM: tl.constexpr, TILES_Q: tl.constexpr, TILE_WINDOW: tl.constexpr, STORED: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of rows and a head of queries, keys or values, rows of the requests FIRST … FIRST + POOL - 1.
 
     Queries go to an array of their own, [POOL, W, H, d], or packed, [POOL, K, TILES_Q, STORED, d], if STORED > 0.
-    Keys and values go to their slots of the caches, which are the outputs.
+    Keys and values go to their slots of the caches, which are the outputs: [POOL, K, S, d], or if PAGES > 0 pages of
+    this shape, of which a request's table names PAGES.
     """
     pool_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = pool_row < POOL * W
@@ -203,6 +205,12 @@ def rotate_rows(
     two = _parts(parts_ptr + HALF, row, column, inside, R, C, SPLITS)
     one_b = _expanding(b_ptr, column, within, N, RANK, RANKS)
     two_b = _expanding(b_ptr + HALF, column, within, N, RANK, RANKS)
+    page = request
+    slot = tl.minimum(length, S - W) + window_row
+    if PAGES > 0:
+        slot = length + window_row
+        page = tl.load(pages_ptr + request * PAGES + tl.minimum(slot // S, PAGES - 1), mask=real, other=0)
+        slot %= S
     if RANK > 0:
         tl.debug_barrier()
     shrunk = _shrunk(parts_ptr, row, real, part, R, C, N, SPLITS, RANK, RANKS)
@@ -229,7 +237,7 @@ def rotate_rows(
             place = (tile * STORED + window_row % TILE_WINDOW * (H // K) + head % (H // K)).to(tl.int64)
         out_ptr = q_ptr
     else:
-        place = (request.to(tl.int64) * K + (head - H) % K) * S + tl.minimum(length, S - W) + window_row
+        place = (page.to(tl.int64) * K + (head - H) % K) * S + slot
         out_ptr = k_ptr
         if part == 2:
             out_ptr = v_ptr

@@ -131,7 +131,7 @@ def test_a_cache_has_the_bytes_it_is_said_to_have() -> None:
     )
 
 
-SLOTS, HEADS, DIM = 12, 2, 3
+SLOTS, PAGE, HEADS, DIM = 12, 3, 2, 3
 _write = jax.jit(write_rows)
 
 
@@ -149,3 +149,10 @@ def test_rows_are_written_after_the_length_and_nothing_else_changes(rows: int, l
     np.testing.assert_array_equal(_write(old, new, lengths), expected)
     # One request alone takes another path to the same slots.
     np.testing.assert_array_equal(_write(old[:1], new[:1], lengths[:1]), expected[:1])
+    # And so do requests whose slots lie in pages.
+    table = 1 + rng.permutation(3 * SLOTS // PAGE + 2)[: 3 * SLOTS // PAGE].reshape(3, -1)
+    pages = rng.normal(size=(3 * SLOTS // PAGE + 3, HEADS, PAGE, DIM)).astype(np.float32)
+    expected_pages = pages.copy()
+    for whole, of_requests in ((pages, old), (expected_pages, expected)):
+        whole[table] = of_requests.reshape(3, HEADS, -1, PAGE, DIM).swapaxes(1, 2)
+    np.testing.assert_array_equal(_write(pages, new, lengths, table), expected_pages)

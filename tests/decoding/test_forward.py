@@ -12,10 +12,9 @@ from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.backbone.weights import Params, abstract_params, fuse_projections
 from idlm_jax.config import ModelConfig
 from idlm_jax.decoding import forward as forward_module
-from idlm_jax.decoding.cache import cached_attention, init_pools
+from idlm_jax.decoding.cache import attend_window, cached_attention, init_cache, init_pools, load_pages, store_pages
 from idlm_jax.decoding.forward import forward, forward_by
 from pallas_kernels.decode_attention.packing import Packing
-from pallas_kernels.decode_attention.reference import window_attention
 from pallas_kernels.decode_layer import product, reference
 from tests.decoding.support import tiny_config
 from tests.support import relative_error
@@ -100,28 +99,64 @@ def test_forward_by_operations_equals_the_model(
         assert_same(of_model(absorbed, gate), wanted)
 
 
-def test_attention_that_wants_packed_queries_gets_them_pool_by_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, asked = FAMILIES["qwen3"], []
-    group = config.num_attention_heads // config.num_key_value_heads
+class PackedAttention:
+    """In place of a kernel that wants packed queries: what was asked for, and attention of what was then given."""
 
-    def packing(kernels: str, q: jax.ShapeDtypeStruct, k: jax.Array) -> Packing:
-        asked.append((kernels, q.shape, q.dtype))
-        return Packing(ROWS, k.shape[1], group)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(forward_module, "packing", self.packing)
+        monkeypatch.setattr(forward_module, "packed_window_attention", self.attend)
+        self.asked: list[tuple] = []
+
+    def packing(self, kernels: str, q: jax.ShapeDtypeStruct, k: jax.Array, paged: bool) -> Packing:
+        self.asked.append((kernels, q.shape, q.dtype, paged))
+        return Packing(ROWS, k.shape[1], q.shape[2] // k.shape[1])
 
     def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, prefix: jax.Array, mask: jax.Array, pack: Packing
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        pages: jax.Array | None,
+        prefix: jax.Array,
+        mask: jax.Array,
+        pack: Packing,
     ) -> jax.Array:
-        assert q.shape == pack.shape(len(k), config.head_dim)
-        one_tile = q[:, :, 0, : ROWS * group].reshape(*q.shape[:2], ROWS, group, -1)
-        return window_attention(one_tile.swapaxes(1, 2).reshape(len(k), ROWS, -1, config.head_dim), k, v, prefix, mask)
+        assert q.shape == pack.shape(len(prefix), k.shape[-1])
+        one_tile = q[:, :, 0, : ROWS * pack.group].reshape(*q.shape[:2], ROWS, pack.group, -1).swapaxes(1, 2)
+        unpacked = one_tile.reshape(len(prefix), ROWS, -1, k.shape[-1])
+        return attend_window(unpacked, k, v, pages, prefix, mask, "xla")
 
-    monkeypatch.setattr(forward_module, "packing", packing)
-    monkeypatch.setattr(forward_module, "packed_window_attention", attend)
+
+def test_attention_that_wants_packed_queries_gets_them_pool_by_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, kernel = FAMILIES["qwen3"], PackedAttention(monkeypatch)
     model = Qwen3(config, params_of(config))
     ours = forward_by(reference, model, *window(config), cache_of(model), None, "auto")
     assert_same(ours, of_model(model, None))
     shapes = [(requests, ROWS, config.num_attention_heads, config.head_dim) for requests, _ in POOLS]
-    assert asked == [("auto", shape, jnp.float32) for shape in shapes] * config.num_hidden_layers
+    assert kernel.asked == [("auto", shape, jnp.float32, False) for shape in shapes] * config.num_hidden_layers
+
+
+@pytest.mark.parametrize("by", ["model", "operations", "packed"])
+def test_over_pages_it_is_the_same_as_over_a_dense_cache(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, page, slots, count = FAMILIES["qwen3"], 16, max(slots for _, slots in POOLS), len(LENGTHS)
+    model = Qwen3(config, params_of(config))
+    generator = np.random.default_rng(3)
+    dense = init_cache(config, count, slots, model.dtype)
+    dense = jax.tree.map(lambda x: jnp.asarray(generator.normal(size=x.shape), x.dtype), dense)
+    table = jnp.asarray(1 + generator.permutation(20)[: count * slots // page].reshape(count, -1), jnp.int32)
+    # What is nobody's may be anything.
+    nobodys = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), init_cache(config, 21, page, model.dtype))
+    pages = store_pages(nobodys, dense, jnp.arange(count), table)
+    wanted = jax.jit(forward)(model, *window(config), dense)
+    if by == "model":
+        hidden, pages = jax.jit(forward)(model, *window(config), pages, pages_BN=table)
+    else:
+        kernel = PackedAttention(monkeypatch) if by == "packed" else None
+        hidden, pages = forward_by(reference, model, *window(config), pages, None, "xla", table)
+        assert kernel is None or {paged for *_, paged in kernel.asked} == {True}
+    assert_same((hidden, load_pages(dense, pages, jnp.arange(count), table)), wanted)
+    for array in jax.tree.leaves(pages):
+        assert np.isnan(np.delete(array, table.ravel(), axis=0)).all()
 
 
 def test_in_bfloat16_it_is_no_farther_from_float32_than_the_model() -> None:

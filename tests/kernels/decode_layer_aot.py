@@ -26,7 +26,7 @@ from idlm_jax.backbone.adapter import Adapter, AdapterConfig, absorb, init_adapt
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.backbone.weights import Params, fuse_projections, init_params
 from idlm_jax.config import ModelConfig, load_yaml
-from idlm_jax.decoding.cache import Cache, init_cache
+from idlm_jax.decoding.cache import PAGE, Cache, init_cache
 from idlm_jax.decoding.forward import forward
 from pallas_kernels import dispatch
 from pallas_kernels.decode_layer import api
@@ -35,6 +35,8 @@ ROOT = Path(__file__).parents[2]
 LAYERS, SLOTS, RANK = 2, 1024, 128
 # Requests and window rows: the standard layout of N = 4, its branch layout, and larger batches.
 WINDOWS = [(1, 7), (1, 16), (32, 7), (64, 7)]
+# The same caches in pages, whose table is the batch's.
+PAGED_WINDOWS = [(1, 7), (64, 7)]
 # Four products, attention with the merging of its parts, and four kernels.
 LAUNCHES_A_LAYER = 10
 LAUNCH = r"(?:fusion|custom-call|copy|copy-start|scatter|sort|reduce|transpose|dynamic-update-slice)\("
@@ -59,7 +61,7 @@ def pretend_hopper() -> None:
     jax_triton.triton_lib.triton_kernel_call_lib = SimpleNamespace(**of_library)
 
 
-def step(config: ModelConfig, lora: AdapterConfig | None, weights: tuple, cache: Cache, tokens, length):
+def step(config: ModelConfig, lora: AdapterConfig | None, weights: tuple, cache: Cache, tokens, length, pages=None):
     """Some forward passes, each fed the argmax of the one before, as in scripts/bench_decode_step.py."""
     params, adapter = weights
     model = Qwen3(config, params, Adapter(lora, adapter) if lora else None)
@@ -69,7 +71,7 @@ def step(config: ModelConfig, lora: AdapterConfig | None, weights: tuple, cache:
 
     def body(_, carry):
         cache, tokens = carry
-        hidden, cache = forward(model, tokens, positions, length, mask, cache, 4 if lora else None)
+        hidden, cache = forward(model, tokens, positions, length, mask, cache, 4 if lora else None, pages_BN=pages)
         return cache, jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32)
 
     return jax.lax.fori_loop(0, 8, body, (cache, tokens))
@@ -83,7 +85,7 @@ def weights_of(config: ModelConfig, lora: AdapterConfig | None) -> tuple[Params,
     return params, absorb(config, params, init_adapter(config, lora, jax.random.key(1), jnp.bfloat16)).params
 
 
-def launches(batch: int, rows: int, rank: int, layers: int) -> int:
+def launches(batch: int, rows: int, rank: int, layers: int, paged: bool) -> int:
     """Launches of a step, counted in the body of its loop; raises AssertionError where something is copied."""
     config = ModelConfig.from_hf(load_yaml(ROOT / "configs/models/qwen3-8b.yaml"))
     config = config.replace(mask_token_id=16, num_hidden_layers=layers)
@@ -91,11 +93,14 @@ def launches(batch: int, rows: int, rank: int, layers: int) -> int:
     description = (ROOT / "tests/kernels/h100.txtpb").read_text(encoding="utf-8")
     topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology="1x1x1")
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    pages = SLOTS // PAGE
+    sizes = (batch * pages + 1, PAGE) if paged else (batch, SLOTS)
     inputs = (
         jax.eval_shape(partial(weights_of, config, lora)),
-        jax.eval_shape(lambda: init_cache(config, batch, SLOTS, jnp.bfloat16)),
+        jax.eval_shape(lambda: init_cache(config, *sizes, jnp.bfloat16)),
         jax.ShapeDtypeStruct((batch, rows), jnp.int32),
         jax.ShapeDtypeStruct((batch,), jnp.int32),
+        *([jax.ShapeDtypeStruct((batch, pages), jnp.int32)] if paged else []),
     )
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), inputs)
     text = jax.jit(partial(step, config, lora), donate_argnums=1).lower(*placed).compile().as_text()
@@ -112,11 +117,15 @@ def launches(batch: int, rows: int, rank: int, layers: int) -> int:
 def main() -> None:
     """Check how many launches a layer takes, and that no Triton kernel spills registers."""
     pretend_hopper()
-    for batch, rows in WINDOWS:
+    for (batch, rows), paged in [
+        *((window, False) for window in WINDOWS),
+        *((window, True) for window in PAGED_WINDOWS),
+    ]:
         for rank in (0, RANK):
-            a_layer = launches(batch, rows, rank, 2) - launches(batch, rows, rank, 1)
-            print(f"{batch} x {rows} rows, rank {rank}: {a_layer} launches a layer", flush=True)
-            assert a_layer <= LAUNCHES_A_LAYER, (batch, rows, rank, a_layer)
+            a_layer = launches(batch, rows, rank, 2, paged) - launches(batch, rows, rank, 1, paged)
+            kind = "pages" if paged else "dense"
+            print(f"{batch} x {rows} rows, rank {rank}, {kind}: {a_layer} launches a layer", flush=True)
+            assert a_layer <= LAUNCHES_A_LAYER, (batch, rows, rank, paged, a_layer)
     for ptx, (name, shared) in kernels.items():
         with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
             file.write(ptx)

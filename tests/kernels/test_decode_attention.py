@@ -99,13 +99,15 @@ def test_kernel_is_as_right_as_the_reference_and_blind_to_what_it_may_not_see(si
     assert_no_worse_than_xla(ours, *arguments)
 
 
-def test_rows_that_fill_up_a_tile_of_packed_queries_may_hold_anything():
+@pytest.mark.parametrize("in_pages", [False, True])
+def test_rows_that_fill_up_a_tile_of_packed_queries_may_hold_anything(in_pages):
     q, k, v, prefix, mask = inputs(14, 2, 7, 6, 2, 128, 64, [70, 3])
-    pack = gpu.packing(q, k, paged=False)
+    caches = paged(k, v, 64, prefix, 7, seed=15) if in_pages else (k, v, None)
+    pack = gpu.packing(q, caches[0], in_pages)
     used = pack.packed(jnp.ones_like(q)) == 1
     assert not used.all()
     packed = jnp.where(used, pack.packed(q), jnp.nan)
-    ours = interpreted(partial(gpu.packed_window_attention, pack=pack), packed, k, v, prefix, mask, splits=2)
+    ours = interpreted(partial(gpu.packed_window_attention, pack=pack), packed, *caches, prefix, mask, splits=2)
     np.testing.assert_array_equal(ours, interpreted(gpu.window_attention, q, k, v, prefix, mask, splits=2))
 
 
@@ -127,9 +129,8 @@ def test_a_paged_cache_gives_the_bits_of_a_dense_one(page, splits):
 def test_pages_of_the_reference_hold_the_dense_cache():
     prefix = [90, 5]
     q, k, v, lengths, mask = inputs(3, 2, 3, 4, 2, 128, 64, prefix)
-    *caches, table = paged(k, v, 32, prefix, 3, seed=4)
-    caches = [jnp.nan_to_num(cache) for cache in caches]
-    ours = reference.paged_window_attention(q, *caches, table, lengths, mask)
+    # What others have left in pages may be NaN, also in those of a request.
+    ours = reference.paged_window_attention(q, *paged(k, v, 32, prefix, 3, seed=4), lengths, mask)
     dense = reference.window_attention(q, jnp.nan_to_num(k), jnp.nan_to_num(v), lengths, mask)
     np.testing.assert_array_equal(ours, dense)
 

@@ -149,6 +149,34 @@ def test_queries_are_packed_and_rows_that_fill_up_a_tile_are_left_alone(kernels,
         assert np.isnan(np.asarray(ours)[~used]).all()
 
 
+# Rows of two requests on one page, rows over two pages and over three; the third request waits, its table all bin.
+@pytest.mark.parametrize(("rows", "packed"), [(5, False), (7, True), (19, True)])
+def test_rows_go_to_the_pages_of_their_requests_and_nothing_else_changes(kernels, rows, packed):
+    draw, page, heads = Draw(9), 8, 2
+    product = heads_product(draw, 4, rows, 4, heads, 64, splits=2, squares=3, rank=16, first_row=2)
+    scales, tables, *_ = rotation(draw, product, heads, 64, 24, jnp.float32)
+    keys, values = (jnp.full((21, heads, page, 64), jnp.nan) for _ in range(2))
+    table = jnp.asarray(1 + draw.generator.permutation(20).reshape(4, 5), jnp.int32).at[2].set(0)
+    length = jnp.array([0, page * 5 - rows, 10**6, 6], jnp.int32)
+    pack = Packing(rows, heads, 2) if packed else None
+    arguments = product, scales, tables, keys, values, length, 0, pack, table
+    (ours, *caches), (wanted, *wanted_caches) = gpu.rotate_and_store(*arguments), reference.rotate_and_store(*arguments)
+    if pack:
+        used = np.asarray(pack.packed(jnp.ones((4, rows, 4, 64)))) == 1
+        ours = jnp.where(used, ours, 0)
+    assert_close(ours, wanted)
+    # The same rows in dense caches; the bin may hold those of anybody's that wait.
+    _, *dense = reference.rotate_and_store(
+        product, scales, tables, *(jnp.full((4, heads, 5 * page, 64), jnp.nan) for _ in range(2)), length
+    )
+    for cache, wanted_cache, of_request in zip(caches, wanted_caches, dense, strict=True):
+        assert_close(cache[1:], wanted_cache[1:])
+        for b in (0, 1, 3):
+            own = wanted_cache[table[b]].swapaxes(0, 1).reshape(heads, -1, 64)
+            np.testing.assert_array_equal(own, of_request[b])
+        assert np.sum(~np.isnan(np.asarray(cache[1:]))) == 3 * rows * heads * 64
+
+
 def all_operations(product, x, scale, rest):
     q, keys, values = gpu.rotate_and_store(product, *rest)
     return gpu.gated(product, x.dtype), *jax.tree.leaves(gpu.add(x, product, scale)), q, keys, values

@@ -162,7 +162,7 @@ def test_on_a_cpu_auto_is_the_reference():
 def test_only_the_hopper_kernel_wants_queries_packed(monkeypatch, device, implementation, dtype, packs):
     on(monkeypatch, device)
     q, k, *_ = window(dtype)
-    pack = decode_api.packing(implementation, jax.ShapeDtypeStruct(q.shape, q.dtype), k)
+    pack = decode_api.packing(implementation, jax.ShapeDtypeStruct(q.shape, q.dtype), k, paged=False)
     assert pack == (Packing(rows=2, heads=2, group=1) if packs else None)
 
 

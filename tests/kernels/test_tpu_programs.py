@@ -18,8 +18,10 @@ from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.backbone.sharding import BATCH_AXES, MESH_AXES
 from idlm_jax.backbone.weights import fuse_projections, init_params
 from idlm_jax.config import ModelConfig, load_yaml
+from idlm_jax.decoding.cache import PAGE
 from idlm_jax.decoding.config import DecodeConfig
 from idlm_jax.decoding.generate import idle_state
+from idlm_jax.decoding.paged import idle_paged_state
 from idlm_jax.decoding.step import decode_round
 from idlm_jax.training.config import Stage, TrainConfig
 from idlm_jax.training.groups import Batch
@@ -63,7 +65,8 @@ def kernels(compiled):
 
 
 @pytest.mark.parametrize("name", CHIPS)
-def test_a_round_of_decoding_has_one_kernel_a_layer(name):
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_round_of_decoding_has_one_kernel_a_layer(name, paged):
     policy, batch, slots = DecodeConfig(stride=4).policy(), 8, 1024
 
     def round_of(params, adapter, state):
@@ -73,7 +76,11 @@ def test_a_round_of_decoding_has_one_kernel_a_layer(name):
     params = shapes(lambda: fuse_projections(init_params(CONFIG, key, BF16)))
     adapter = shapes(lambda: init_adapter(CONFIG, ADAPTER, key, BF16).params)
     of_model = SimpleNamespace(config=CONFIG, dtype=BF16)
-    state = shapes(lambda: idle_state(of_model, policy, [(batch, slots)], 256, 2))
+    if paged:
+        # Many more pages than the batch has: a copy of them would show.
+        state = shapes(lambda: idle_paged_state(of_model, policy, batch, 1025, slots // PAGE, 256, 2))
+    else:
+        state = shapes(lambda: idle_state(of_model, policy, [(batch, slots)], 256, 2))
     compiled = jax.jit(round_of, donate_argnums=2).lower(params, adapter, state).compile()
     assert kernels(compiled) == {"window_attention": 2}
     # Logits and what verification makes of them; no second cache.
