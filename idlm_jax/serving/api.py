@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -231,11 +231,13 @@ class _Answer:
     async def events(self) -> AsyncIterator[str]:
         """A stream's events; an error after the first of them is an event, too."""
         try:
-            openings = [self.form.opening(i) for i in range(len(self.call.requests))]
-            if openings[0] is not None:
-                yield self._event(openings)
+            for number in range(len(self.call.requests)):
+                if opening := self.form.opening(number):
+                    yield self._event(opening)
             async for updates in self.updates():
-                yield self._event([self.form.piece(i, new.text, new.finish_reason) for i, new in updates.items()])
+                # An event a text: clients look at the first choice of each alone.
+                for number, update in updates.items():
+                    yield self._event(self.form.piece(number, update.text, update.finish_reason))
         except (UnavailableError, TimeoutError) as error:
             self.outcome = "failed"
             yield _event(_as_request_error(error).body())
@@ -244,9 +246,9 @@ class _Answer:
             yield _event({**self._head(self.form.chunk_kind), "choices": [], "usage": self.usage()})
         yield "data: [DONE]\n\n"
 
-    def _event(self, choices: Sequence[dict[str, Any] | None]) -> str:
+    def _event(self, choice: dict[str, Any]) -> str:
         usage = {"usage": None} if self.body.include_usage else {}
-        return _event({**self._head(self.form.chunk_kind), "choices": choices, **usage})
+        return _event({**self._head(self.form.chunk_kind), "choices": [choice], **usage})
 
     def close(self) -> None:
         """Give up what is still being decoded, and write the line of the log."""
@@ -337,8 +339,8 @@ async def _submit(body: CompletionBody | ChatBody, service: Service) -> Call:
         if len(tokens) + most > service.capacity:
             raise RequestError(
                 400,
-                f"the context has room for {service.capacity} tokens, but {len(tokens)} of the {what} and {most} of the "
-                f"text (max_tokens) are {len(tokens) + most}",
+                f"the context has room for {service.capacity} tokens, but {len(tokens)} of the {what} and {most} "
+                f"(max_tokens) of the text are {len(tokens) + most}",
                 what,
                 "context_length_exceeded",
             )

@@ -223,7 +223,7 @@ class ChatBody(_Body):
         return max(room, 1) if given is None else given
 
 
-def parse[Body: (CompletionBody, ChatBody)](kind: type[Body], data: bytes) -> Body:
+def parse[Body: CompletionBody | ChatBody](kind: type[Body], data: bytes) -> Body:
     """A body from bytes; raises RequestError: 400 for what is no JSON or not supported, 422 for wrong types."""
     try:
         body = kind.model_validate_json(data)
@@ -237,12 +237,13 @@ def _as_request_error(errors: list[Any]) -> RequestError:
     first: Mapping[str, Any] = errors[0]
     if first["type"] == "json_invalid":
         return RequestError(400, f"the body is not JSON: {first['ctx']['error']}", None, "invalid_json")
-    # A union has an error for each of its members; the first part of the place is what the client knows.
-    where = [str(part) for part in first["loc"]]
-    param = where[0] if where else None
-    if not where:
+    place = first["loc"]
+    if not place:
         return RequestError(422, "the body must be a JSON object", None, "invalid_type")
+    param = str(place[0])
     if first["type"] == "missing":
-        return RequestError(422, f"'{'.'.join(where)}' is missing", param, "missing_parameter")
-    several = {error["msg"] for error in errors if error["loc"][:1] == first["loc"][:1]}
-    return RequestError(422, f"'{'.'.join(where[:2])}': {'; or '.join(sorted(several))}", param, "invalid_type")
+        return RequestError(422, f"'{'.'.join(map(str, place))}' is missing", param, "missing_parameter")
+    # Of a union there is an error for each member, and its names stand in the place where only clients' names should.
+    said = {error["msg"] for error in errors if error["loc"][0] == param}
+    where = f"{param}[{place[1]}]" if len(place) > 1 and isinstance(place[1], int) else param
+    return RequestError(422, f"'{where}': {'; or '.join(sorted(said))}", param, "invalid_type")

@@ -5,6 +5,7 @@ gets text back, merged for whoever reads slowly: a call holds its unread text at
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import threading
@@ -69,10 +70,9 @@ class Call:
 
     def tell(self, updates: dict[int, Update], error: str | None = None) -> None:
         """Bring news, from any thread."""
-        try:
+        # A loop that has closed has nobody left to read this.
+        with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._receive, updates, error)
-        except RuntimeError:
-            pass  # the loop has closed, and with it whoever would read this
 
     def _receive(self, updates: dict[int, Update], error: str | None) -> None:
         for number, update in updates.items():
@@ -139,7 +139,8 @@ class Service:
         self._fail("the server is stopping")
 
     async def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; raises UserError."""
+        """Token ids of a prompt; raises UserError or UnavailableError."""
+        self._require_ready()
         return await asyncio.get_running_loop().run_in_executor(self._encoder, self.model.encode, prompt)
 
     def submit(self, asked: Sequence[tuple[Sequence[int], SamplingParams]]) -> Call:
@@ -186,7 +187,8 @@ class Service:
             self._engine.warm_up(self._say)
             self._become("ready")
             while self._take_up():
-                self._step()
+                if self._texts:
+                    self._step()
             return False
         except Exception:
             logger.exception("the engine failed")
