@@ -49,8 +49,8 @@ def chat(
       idlm chat --url http://127.0.0.1:8000
 
     Args:
-        model: Hugging Face or Orbax directory, .gguf file, or Hugging Face Hub id (organisation/name); with --url, one of
-            the server's names (default: its first).
+        model: Hugging Face or Orbax directory, .gguf file, or Hugging Face Hub id (organisation/name); with --url, one
+            of the server's names (default: its first).
         url: Talk with a server of the OpenAI API, as idlm serve is one.
         api_key: What the server asks for.
         system: System message of the conversation.

@@ -228,6 +228,7 @@ class Service:
         if cancelled:
             self._engine.cancel(gone)
             self.metrics.cancelled(len(cancelled))
+            self._report_load()
         return self.state != "stopping"
 
     def _step(self) -> None:
@@ -246,9 +247,12 @@ class Service:
                     stopped.add(id)
         if stopped:
             self._engine.cancel(stopped)
-        self.metrics.load(self._engine.running, self._engine.waiting, self._engine.places)
+        self._report_load()
         for call, updates in news.items():
             call.tell(updates)
+
+    def _report_load(self) -> None:
+        self.metrics.load(self._engine.running, self._engine.waiting, self._engine.places)
 
     def _feed(self, text: _Text, emission: Emission) -> Update:
         builder = text.builder

@@ -2,12 +2,13 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 from fastapi import FastAPI
 
@@ -104,23 +105,21 @@ def serving(
 
 def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
     """Wait until something that a thread does has happened."""
-    waiting = threading.Event()
-    for _ in range(int(seconds / 0.01)):
-        if condition():
-            return
-        waiting.wait(0.01)
-    raise AssertionError("it did not happen")
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
 
 
-def client(app: FastAPI) -> httpx.AsyncClient:
+def client(app: FastAPI) -> httpx2.AsyncClient:
     """HTTP to an application in this process."""
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=120)
+    return httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test", timeout=120)
 
 
-def post(app: FastAPI, path: str, body: Any, **how: Any) -> httpx.Response:
+def post(app: FastAPI, path: str, body: Any, **how: Any) -> httpx2.Response:
     """One POST; ``body`` as bytes or JSON."""
 
-    async def ask() -> httpx.Response:
+    async def ask() -> httpx2.Response:
         async with client(app) as http:
             given = {"content": body} if isinstance(body, bytes) else {"json": body}
             return await http.post(path, **given, **how)
@@ -128,10 +127,10 @@ def post(app: FastAPI, path: str, body: Any, **how: Any) -> httpx.Response:
     return asyncio.run(ask())
 
 
-def get(app: FastAPI, path: str, **how: Any) -> httpx.Response:
+def get(app: FastAPI, path: str, **how: Any) -> httpx2.Response:
     """One GET."""
 
-    async def ask() -> httpx.Response:
+    async def ask() -> httpx2.Response:
         async with client(app) as http:
             return await http.get(path, **how)
 

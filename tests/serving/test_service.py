@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from fastapi import FastAPI
 
@@ -207,7 +207,7 @@ def test_stopping_fails_what_is_open() -> None:
                 asked = asyncio.create_task(http.post("/v1/completions", json=BODY))
                 await until(lambda: engine.running == 1)
                 await asyncio.to_thread(service.stop)
-                answer: httpx.Response = await asked
+                answer: httpx2.Response = await asked
                 assert answer.status_code == 503
                 assert (await http.post("/v1/completions", json=BODY)).status_code == 503
 
