@@ -51,7 +51,8 @@ def serve(
         host: Address to listen on; 0.0.0.0 lets other machines in.
         port: Port to listen on; 0 takes a free one.
         api_key: What clients must send as bearer token.
-        name: What clients call the model; with an adapter, NAME-ADAPTER gives the same text.
+        name: What clients call the model; with an adapter, NAME-ADAPTER gives the same text (with --ungated it is the
+            only name).
         places: Texts decoded at once; each holds a cache of --max-length tokens.
         max_length: Most tokens of a prompt and its text together.
         max_waiting: Texts that may wait for a place; beyond them requests get status 429.
@@ -74,7 +75,7 @@ def serve(
     if max_length is not None and max_length > context:
         raise UserError(f"--max-length {max_length} exceeds the model's context of {context}")
     capacity = max_length or min(context, _DEFAULT_LENGTH)
-    names = served_names(model, name, model_flags.adapter)
+    names = served_names(model, name, model_flags.adapter, decode.gated)
     policy = decode.policy()
     service = Service(
         loaded,
@@ -88,17 +89,23 @@ def serve(
     return _listen(create_app(service, settings), host, port, timeout)
 
 
-def served_names(model: str, name: str | None, adapter: str | None) -> tuple[str, ...]:
-    """The model's own name, and one with its adapter's."""
+def served_names(model: str, name: str | None, adapter: str | None, gated: bool) -> tuple[str, ...]:
+    """The model's own name, and one with its adapter's; that one alone where the adapter changes the text."""
     base = name or Path(model).name.removesuffix(".gguf")
-    return (base,) if adapter is None else (base, f"{base}-{Path(adapter).name}")
+    if adapter is None:
+        return (base,)
+    adapted = f"{base}-{Path(adapter).name}"
+    return (base, adapted) if gated else (adapted,)
 
 
 def _listen(app: "FastAPI", host: str, port: int, timeout: float) -> int:
     import uvicorn
 
-    # Our lines are JSON already; uvicorn's warnings and errors come as they are.
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    from idlm_jax.serving.log import JsonLines
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("idlm_jax.serving").setLevel(logging.INFO)
     config = uvicorn.Config(
         app,

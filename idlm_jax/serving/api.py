@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from idlm_jax.decoding.generate import DecodeStats, total_stats
 from idlm_jax.errors import UserError, did_you_mean
+from idlm_jax.serving.log import log
 from idlm_jax.serving.schemas import ChatBody, CompletionBody, RequestError, parse
 from idlm_jax.serving.service import BusyError, Call, Service, UnavailableError, Update
 
@@ -65,8 +66,10 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     app.include_router(_public(service))
     app.include_router(_guarded(service, settings), prefix="/v1")
 
-    async def refused(_: Request, error: Exception) -> Response:
-        return _error_response(_as_request_error(error))
+    async def refused(request: Request, error: Exception) -> Response:
+        refusal = _as_request_error(error)
+        log(logger, "refused", path=request.url.path, status=refusal.status, code=refusal.code)
+        return _error_response(refusal)
 
     for kind in (RequestError, UserError, BusyError, UnavailableError, TimeoutError, HTTPException, Exception):
         app.add_exception_handler(kind, refused)
@@ -193,14 +196,17 @@ class _Answer:
 
     async def updates(self) -> AsyncIterator[dict[int, Update]]:
         """News of the texts, kept here as well."""
-        async with asyncio.timeout(self.settings.limits.answer_seconds):
-            async for updates in self.call.updates():
-                for number, update in updates.items():
-                    self.texts[number] = self.texts.get(number, "") + update.text
-                    if update.finish_reason is not None and update.stats is not None:
-                        self.reasons[number] = update.finish_reason
-                        self.stats.append(update.stats)
-                yield updates
+        deadline = asyncio.get_running_loop().time() + self.settings.limits.answer_seconds
+        while not self.call.finished:
+            # Not around the yield: it would end whatever the reader does there.
+            async with asyncio.timeout_at(deadline):
+                updates = await self.call.news()
+            for number, update in updates.items():
+                self.texts[number] = self.texts.get(number, "") + update.text
+                if update.finish_reason is not None and update.stats is not None:
+                    self.reasons[number] = update.finish_reason
+                    self.stats.append(update.stats)
+            yield updates
         self.outcome = "answered"
 
     def usage(self) -> dict[str, Any]:
@@ -254,7 +260,6 @@ class _Answer:
         """Give up what is still being decoded, and write the line of the log."""
         self.service.release(self.call)
         line = {
-            "event": "request",
             "id": self.id,
             "model": self.body.model,
             "stream": bool(self.body.stream),
@@ -268,7 +273,7 @@ class _Answer:
         }
         if self.settings.log_prompts:
             line |= {"prompts": self.body.prompts(), "answers": list(self.texts.values())}
-        logger.info(json.dumps(line, ensure_ascii=False))
+        log(logger, "request", **line)
 
 
 class _EventStream(StreamingResponse):

@@ -10,7 +10,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 class BusyError(Exception):
     """The waiting line is full."""
+
+
+class _StopError(Exception):
+    """Warming up is over because the service stops."""
 
 
 class UnavailableError(Exception):
@@ -57,16 +61,15 @@ class Call:
         """Whether all texts have ended and been read."""
         return not self._open
 
-    async def updates(self) -> AsyncIterator[dict[int, Update]]:
-        """News by number of the text, until all have ended; raises UnavailableError if they cannot."""
-        while self._open:
-            await self._news.wait()
-            self._news.clear()
-            if self._error:
-                raise UnavailableError(self._error)
-            updates, self._updates = self._updates, {}
-            self._open -= {number for number, update in updates.items() if update.finish_reason}
-            yield updates
+    async def news(self) -> dict[int, Update]:
+        """Wait for news, by number of the text; raises UnavailableError if there will be none."""
+        await self._news.wait()
+        self._news.clear()
+        if self._error:
+            raise UnavailableError(self._error)
+        updates, self._updates = self._updates, {}
+        self._open -= {number for number, update in updates.items() if update.finish_reason}
+        return updates
 
     def tell(self, updates: dict[int, Update], error: str | None = None) -> None:
         """Bring news, from any thread."""
@@ -184,11 +187,13 @@ class Service:
     def _answer(self) -> bool:
         """Answer until the service stops (False) or the engine fails; True if making it again may help."""
         try:
-            self._engine.warm_up(self._say)
+            self._engine.warm_up(self._say_unless_stopping)
             self._become("ready")
             while self._take_up():
                 if self._texts:
                     self._step()
+            return False
+        except _StopError:
             return False
         except Exception:
             logger.exception("the engine failed")
@@ -198,6 +203,11 @@ class Service:
         self._become("starting" if again else "failed")
         self._fail("an internal error ended this request")
         return again
+
+    def _say_unless_stopping(self, line: str) -> None:
+        if self.state == "stopping":
+            raise _StopError
+        self._say(line)
 
     def _renew(self) -> bool:
         """Replace the engine, whose state on the device may be lost."""

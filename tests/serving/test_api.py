@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from idlm_jax.serving.api import Limits
+from idlm_jax.serving.log import JsonLines
 from tests.serving.support import ScriptedEngine, client, get, post, serving, tiny
 
 TEXT = "hello 12 and hello"
@@ -194,6 +195,8 @@ def test_values_that_ask_for_nothing_are_taken(name: str, app: FastAPI) -> None:
         (b'{"model": "tiny", "prompt": "\xc3\x28"}', 400, "not JSON"),
         (b'{"model": "tiny", "prompt": "\\ud800"}', 400, "not JSON"),
         (b"[" * 15_000, 400, "not JSON"),
+        (b'{"model": "tiny", "prompt": "hi", "seed": 1' + b"0" * 6000 + b"}", 400, "number"),
+        (b'{"model": "tiny", "prompt": "hi", "max_tokens": 1' + b"0" * 4290 + b"}", 400, "room for 128"),
         (b'{"model": "tiny", "prompt": "hi", "temperature": NaN}', 400, "temperature must be in 0 … 2, not nan"),
         (b'{"model": "tiny", "prompt": "hi", "temperature": Infinity}', 400, "temperature must be in 0 … 2"),
         (b"x" * (BODY_LIMIT + 1), 413, "more than 20000 bytes"),
@@ -263,6 +266,9 @@ def test_a_body_that_comes_too_slowly_is_given_up() -> None:
 def test_the_log_holds_no_text_of_users(app: FastAPI, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "idlm_jax.serving")
     post(app, "/v1/completions", {**COMPLETION, "prompt": "zebra"})
-    (line,) = [record.getMessage() for record in caplog.records if "request" in record.getMessage()]
-    assert json.loads(line)["outcome"] == "answered" and json.loads(line)["completion_tokens"] > 0
-    assert "zebra" not in line and TEXT not in line
+    post(app, "/v1/completions", {**COMPLETION, "prompt": "zebra", "model": "zebra"})
+    lines = [JsonLines().format(record) for record in caplog.records if record.name == "idlm_jax.serving.api"]
+    answered, refused = map(json.loads, lines)
+    assert answered["event"] == "request" and answered["outcome"] == "answered" and answered["completion_tokens"] > 0
+    assert refused["event"] == "refused" and refused["status"] == 404
+    assert not any(text in line for line in lines for text in ("zebra", TEXT))

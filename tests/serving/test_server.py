@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,9 +17,11 @@ from typing import Any, cast
 
 import httpx2
 import openai
+import psutil
 import pytest
 
 from idlm_jax import SamplingParams
+from idlm_jax.cli.serve import served_names
 from tests.cli.decoding_support import refused
 from tests.cli.decoding_support import run as run_cli
 from tests.serving.support import TINY, tiny, wait_for
@@ -234,3 +237,9 @@ def test_soak(server: Server) -> None:
 )
 def test_bad_flags_are_one_line(flags: tuple[object, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert said in refused(capsys, "serve", "--model", TINY, *flags)
+
+
+def test_an_adapter_that_changes_the_text_takes_the_models_own_name_away() -> None:
+    assert served_names("models/a.gguf", None, None, True) == ("a",)
+    assert served_names("models/a", None, "runs/b", True) == ("a", "a-b")
+    assert served_names("models/a", "c", "runs/b", False) == ("c-b",)

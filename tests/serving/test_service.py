@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -184,6 +185,21 @@ def test_nothing_is_answered_before_the_programs_are_compiled() -> None:
         engine.go.set()
         wait_for(lambda: get(app, "/ready").status_code == 200)
         assert post(app, "/v1/completions", BODY).status_code == 200
+
+
+def test_stopping_while_programs_are_compiled_waits_for_one_of_them_at_most() -> None:
+    engine, said = ScriptedEngine(TEXT), []
+
+    def warm_up(say: Callable[[str], None]) -> None:
+        for number in range(1000):
+            time.sleep(0.02)
+            say(f"{number}")
+            said.append(number)
+
+    engine.warm_up = warm_up
+    with serving(lambda: engine, until="starting"):
+        wait_for(lambda: said)
+    assert len(said) < 500
 
 
 @pytest.mark.parametrize("stream", [False, True])
