@@ -77,9 +77,9 @@ class SlotEngine:
     def warm_up(self, say: Callable[[str], None]) -> None:
         """Compile prefill for every size of prompts, and the rounds."""
         lengths = _prompt_lengths(self.capacity)
-        for number, length in enumerate(lengths, 1):
-            say(f"warming up, {number} of {len(lengths)}: prompts of up to {length} tokens")
-            self.submit([Request(-1, [0] * length, SamplingParams(max_tokens=1))])
+        for number, (shortest, longest) in enumerate(lengths, 1):
+            say(f"warming up, {number} of {len(lengths)}: prompts of up to {longest} tokens")
+            self.submit([Request(-1, [0] * shortest, SamplingParams(max_tokens=1))])
             while self._batch.busy:
                 self.step()
 
@@ -88,11 +88,11 @@ class SlotEngine:
         return self._batch.step(ROUNDS_PER_STEP)
 
 
-def _prompt_lengths(capacity: int) -> list[int]:
-    """The longest prompt of every size that prompts are padded to."""
-    sizes, size = [SHORT_PROMPT], PREFILL_CHUNK
-    while sizes[-1] < capacity - 2:
-        sizes.append(size)
+def _prompt_lengths(capacity: int) -> list[tuple[int, int]]:
+    """The shortest and the longest prompt of every size that prompts are padded to."""
+    # The last token of a prompt is not prefilled, so that a prompt of one has none; one token of text needs room.
+    lengths, size = [(min(2, capacity - 1), min(SHORT_PROMPT + 1, capacity - 1))], PREFILL_CHUNK
+    while lengths[-1][1] < capacity - 1:
+        lengths.append((lengths[-1][1] + 1, min(size + 1, capacity - 1)))
         size *= 2
-    # The last token of a prompt is not prefilled; one place is left for a token of the text.
-    return [min(size + 1, capacity - 1) for size in sizes]
+    return lengths
