@@ -148,13 +148,13 @@ class Service:
 
     def submit(self, asked: Sequence[tuple[Sequence[int], SamplingParams]]) -> Call:
         """Queue prompts, each with its sampling parameters; raises UserError, BusyError or UnavailableError."""
-        self._require_ready()
         requests = [Request(next(self._ids), prompt, sampling) for prompt, sampling in asked]
-        for request in requests:
-            self._engine.check(request)
         call = Call(requests)
         with self._changed:
+            # While it is ready, and nobody can say otherwise, there is an engine.
             self._require_ready()
+            for request in requests:
+                self._engine.check(request)
             if len(self._texts) + len(self._new) + len(requests) > self.most_texts:
                 raise BusyError(f"{self.most_texts} texts are being decoded or waiting; try again later")
             self._new += [
