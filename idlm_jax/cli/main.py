@@ -14,6 +14,7 @@ VERBS = {
     "demo": "show exact parallel decoding on SmolLM2, side by side with ordinary decoding",
     "generate": "complete a prompt, several tokens a forward pass",
     "chat": "talk with a model in the terminal",
+    "serve": "answer the OpenAI HTTP API, many requests at once",
     "convert": "turn a Hugging Face directory, Hub model or GGUF file into an Orbax checkpoint",
     "export": "turn any checkpoint into a Hugging Face directory",
     "info": "print configuration, parameters and memory of a checkpoint or configuration",

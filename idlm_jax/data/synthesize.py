@@ -18,7 +18,7 @@ from idlm_jax.data.chat import Message
 from idlm_jax.data.tokens import Document, TokenStore, TokenStoreWriter, tokenizer_hash
 from idlm_jax.decoding.config import DecodeConfig
 from idlm_jax.decoding.generate import SamplingParams
-from idlm_jax.decoding.refill import Finished, Pool, Request, SlotBatch
+from idlm_jax.decoding.refill import Answer, Pool, Request, SlotBatch
 from idlm_jax.decoding.step import Policy
 from idlm_jax.errors import UserError, did_you_mean
 from idlm_jax.model import LanguageModel
@@ -203,7 +203,7 @@ class Author:
         room = self._config.max_tokens - len(prompt)
         return self._request(number, 0, prompt, room) if room > 0 else None
 
-    def go_on(self, finished: Finished) -> "Request | Sample | None":
+    def go_on(self, finished: Answer) -> "Request | Sample | None":
         """What follows a finished request: another one, the document, or None if it is to be dropped."""
         request, tokens = finished.request, finished.emission.tokens
         prompt = np.array(request.prompt, np.int32)

@@ -55,8 +55,8 @@ class SamplingParams:
             raise UserError(f"temperature must be finite and not negative, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be in (0, 1], not {self.top_p}")
-        if self.top_k < -1:
-            raise UserError(f"top_k must be positive, or 0 for off, not {self.top_k}")
+        if not -1 <= self.top_k < 2**31:
+            raise UserError(f"top_k must be positive and below 2^31, or 0 for off, not {self.top_k}")
         if self.max_tokens < 1:
             raise UserError(f"max_tokens must be at least 1, not {self.max_tokens}")
         if self.seed is not None and not 0 <= self.seed < 2**32:
@@ -138,6 +138,8 @@ def check_request(model: Qwen3, prompt: Sequence[int], sampling: SamplingParams,
         raise UserError("the prompt is empty")
     if min(prompt) < 0 or max(prompt) >= config.vocab_size:
         raise UserError(f"prompt token outside the vocabulary of {config.vocab_size}")
+    if not all(0 <= token < config.vocab_size for token in sampling.stop_token_ids):
+        raise UserError(f"stop token outside the vocabulary of {config.vocab_size}")
     if len(prompt) + sampling.max_tokens > context:
         raise UserError(
             f"prompt ({len(prompt)} tokens) + max_tokens ({sampling.max_tokens}) exceeds the model's context of "

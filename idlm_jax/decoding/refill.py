@@ -8,7 +8,7 @@ begins in a small place and moves, cache and all, to a larger one when it has fi
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import batched
@@ -66,8 +66,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A request and all it emitted."""
+class Answer:
+    """A request and all it has emitted so far; ``emission.done`` says whether it has ended."""
 
     request: Request
     emission: Emission
@@ -173,7 +173,8 @@ class SlotBatch:
     """Requests decoded side by side in pools of places, from a queue that ``submit`` fills.
 
     ``run`` hands the device a call and then collects what the call *before* it has finished, so that the device never
-    waits for the host; a request that ends is therefore returned one call later.
+    waits for the host; a request that ends is therefore returned one call later. ``step`` does the same, and returns
+    how far the others are, too.
     """
 
     def __init__(self, model: Qwen3, policy: Policy, pools: Sequence[Pool]):
@@ -206,25 +207,57 @@ class SlotBatch:
         return max(0, sum(map(len, self._free)) - len(self._waiting))
 
     @property
+    def waiting(self) -> int:
+        """How many requests have been submitted that have no place yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """How many requests sit in places."""
+        return len(self._owners) - sum(map(len, self._free))
+
+    @property
     def busy(self) -> bool:
         """Whether a request has been submitted that ``run`` has not returned."""
-        return bool(self._waiting) or sum(map(len, self._free)) < len(self._owners)
+        return bool(self._waiting) or self.running > 0
+
+    def check(self, request: Request) -> None:
+        """Raise UserError for a request that cannot run; looks at nothing that changes, so any thread may ask."""
+        check_request(self._model, request.prompt, request.sampling, self._policy)
+        if len(request.prompt) + request.sampling.max_tokens > self._capacity:
+            raise UserError(
+                f"prompt ({len(request.prompt)} tokens) + max_tokens ({request.sampling.max_tokens}) exceeds the "
+                f"{self._capacity} tokens that the batch has room for"
+            )
+        if len(end_tokens(self._model, request.sampling)) > MOST_END_TOKENS:
+            raise UserError(f"at most {MOST_END_TOKENS} tokens can end a text")
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests; raises UserError for the first that cannot run, and queues none of those after it."""
         for request in requests:
-            check_request(self._model, request.prompt, request.sampling, self._policy)
-            if len(request.prompt) + request.sampling.max_tokens > self._capacity:
-                raise UserError(
-                    f"prompt ({len(request.prompt)} tokens) + max_tokens ({request.sampling.max_tokens}) exceeds the "
-                    f"{self._capacity} tokens that the batch has room for"
-                )
-            if len(end_tokens(self._model, request.sampling)) > MOST_END_TOKENS:
-                raise UserError(f"at most {MOST_END_TOKENS} tokens can end a text")
+            self.check(request)
             self._waiting.append(request)
 
-    def run(self, rounds: int) -> list[Finished]:
+    def cancel(self, ids: Collection[int]) -> None:
+        """Forget requests, wherever they are; ids that are not here (any more) are none.
+
+        The call before may still decode them: its report is of places that then have no owner, or another one.
+        """
+        self._waiting = deque(request for request in self._waiting if request.id not in ids)
+        ended = np.array([owner is not None and owner.id in ids for owner in self._owners])
+        if not ended.any():
+            return
+        self._state = replace(self._state, done=self._state.done | ended)
+        for place in np.flatnonzero(ended).tolist():
+            self._full.pop(place, None)
+            self._release(place)
+
+    def run(self, rounds: int) -> list[Answer]:
         """Start up to ``rounds`` rounds; returns the requests that ended before the last call did, by place."""
+        return [answer for answer in self.step(rounds) if answer.emission.done]
+
+    def step(self, rounds: int) -> list[Answer]:
+        """Start up to ``rounds`` rounds; returns how far all requests were when the last call ended, by place."""
         self._move_on()
         self._admit()
         self._state, report = _run(self._model, self._state, rounds, self._policy)
@@ -233,23 +266,23 @@ class SlotBatch:
         before, self._last = self._last, (report, list(self._owners))
         return [] if before is None else self._collect(*before)
 
-    def _collect(self, report: _Report, owners: Sequence[Request | None]) -> list[Finished]:
+    def _collect(self, report: _Report, owners: Sequence[Request | None]) -> list[Answer]:
         tokens, history = np.asarray(report.tokens), np.asarray(report.history)
         emitted, rounds = np.asarray(report.emitted), np.asarray(report.rounds)
         done, full = np.asarray(report.done), np.asarray(report.full)
-        finished = []
-        for place in np.flatnonzero(done | full).tolist():
-            owner = owners[place]
+        answers = []
+        for place, owner in enumerate(owners):
             # A place that was left or refilled after that call has another owner now.
             if owner is None or owner is not self._owners[place]:
                 continue
+            ended = bool(done[place])
+            emission = Emission(tokens[place, : emitted[place]].copy(), history[place, : rounds[place]].copy(), ended)
+            answers.append(Answer(owner, emission))
             if full[place]:
                 self._full.setdefault(place, owner)
-                continue
-            emission = Emission(tokens[place, : emitted[place]].copy(), history[place, : rounds[place]].copy(), True)
-            finished.append(Finished(owner, emission))
-            self._release(place)
-        return finished
+            if ended:
+                self._release(place)
+        return answers
 
     def _take_place(self, request: Request, at_least: int) -> int | None:
         """Give a request a free place of the smallest pool that has one, from pool ``at_least`` on."""

@@ -1,1 +1,1 @@
-"""Serving: many requests at once, on pages of one key/value cache."""
+"""Serving: many requests at once on pages of one key/value cache, and the OpenAI-style server around it."""

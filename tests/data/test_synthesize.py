@@ -16,7 +16,7 @@ from idlm_jax.data import synthesize as module
 from idlm_jax.data.synthesize import Author, ChatFrame, Progress, SynthesisConfig, pools, synthesize
 from idlm_jax.data.tokens import TokenStore
 from idlm_jax.decoding.generate import generate_tokens
-from idlm_jax.decoding.refill import Finished, Pool, Request
+from idlm_jax.decoding.refill import Answer, Pool, Request
 from idlm_jax.errors import UserError
 from idlm_jax.model import LanguageModel, load
 from tests.cli.decoding_support import TINY, json_lines, refused, run, write
@@ -58,7 +58,7 @@ def alone(config: SynthesisConfig, with_prompts: bool = False) -> list[Any]:
         following: Any = author.first_request(number)
         while isinstance(following, Request):
             (emission,) = generate_tokens(model().model, [following.prompt], [following.sampling], config.policy())
-            following = author.go_on(Finished(following, emission))
+            following = author.go_on(Answer(following, emission))
         outcomes.append(following)
     return outcomes
 
