@@ -29,6 +29,10 @@ def serve(
     max_length: Annotated[
         int | None, arg(metavar="TOKENS", help_behavior_hint="(default: the model's context, at most 4096)")
     ] = None,
+    cache_gb: Annotated[
+        float | None, arg(metavar="GB", help_behavior_hint="(default: all places at full length, if there is room)")
+    ] = None,
+    adaptive: bool = True,
     max_waiting: Annotated[int, arg(metavar="COUNT")] = 256,
     timeout: Annotated[float, arg(metavar="SECONDS")] = 600.0,
     log_prompts: bool = False,
@@ -53,34 +57,39 @@ def serve(
         api_key: What clients must send as bearer token.
         name: What clients call the model; with an adapter, NAME-ADAPTER gives the same text (with --ungated it is the
             only name).
-        places: Texts decoded at once; each holds a cache of --max-length tokens.
+        places: Texts decoded at once.
         max_length: Most tokens of a prompt and its text together.
+        cache_gb: Memory for keys and values, in GB; texts share it, and where it is short they wait for each other.
+        adaptive: Decode by the stride up to --stride, and the layout, that are fastest at the present load; AR is one
+            of them. Otherwise always by --stride and --layout. The text is the same.
         max_waiting: Texts that may wait for a place; beyond them requests get status 429.
         timeout: Longest time for an answer; after SIGTERM, too.
         log_prompts: Write prompts and answers into the log.
     """
     _require_packages()
     decode = decode_flags.config()
-    _check(places, max_length, max_waiting, timeout, port)
+    _check(places, max_length, cache_gb, max_waiting, timeout, port)
     loaded = model_flags.load(model)
     check_adapter(loaded, decode_flags)
     check_can_draft(model, loaded, decode)
 
     from idlm_jax.serving.api import Limits, Settings, create_app
-    from idlm_jax.serving.engine import SlotEngine
+    from idlm_jax.serving.engine import PagedEngine, pages_in
     from idlm_jax.serving.metrics import Metrics
     from idlm_jax.serving.service import Service
+    from idlm_jax.serving.stride import candidates
 
     context = loaded.config.max_position_embeddings
     if max_length is not None and max_length > context:
         raise UserError(f"--max-length {max_length} exceeds the model's context of {context}")
     capacity = max_length or min(context, _DEFAULT_LENGTH)
     names = served_names(model, name, model_flags.adapter, decode.gated)
-    policy = decode.policy()
+    policies = candidates(decode.policy()) if adaptive else [decode.policy()]
+    pages = None if cache_gb is None else pages_in(loaded.model, cache_gb * 1e9)
     service = Service(
         loaded,
         decode.stride,
-        lambda: SlotEngine(loaded.model, policy, places, capacity),
+        lambda: PagedEngine(loaded.model, policies, places, capacity, pages),
         max_waiting,
         Metrics(names[0]),
         say=lambda line: print(line, file=sys.stderr, flush=True),
@@ -127,10 +136,13 @@ def _listen(app: "FastAPI", host: str, port: int, timeout: float) -> int:
     return 0
 
 
-def _check(places: int, max_length: int | None, max_waiting: int, timeout: float, port: int) -> None:
+def _check(
+    places: int, max_length: int | None, cache_gb: float | None, max_waiting: int, timeout: float, port: int
+) -> None:
     for flag, value, least in (
         ("--places", places, 1),
         ("--max-length", max_length, 2),
+        ("--cache-gb", cache_gb, 0),
         ("--max-waiting", max_waiting, 0),
         ("--timeout", timeout, 1),
         ("--port", port, 0),

@@ -16,9 +16,10 @@ import numpy as np
 
 from idlm_jax.data.chat import Message
 from idlm_jax.data.tokens import Document, TokenStore, TokenStoreWriter, tokenizer_hash
+from idlm_jax.decoding.admission import Answer, Request
 from idlm_jax.decoding.config import DecodeConfig
 from idlm_jax.decoding.generate import SamplingParams
-from idlm_jax.decoding.refill import Answer, Pool, Request, SlotBatch
+from idlm_jax.decoding.refill import Pool, SlotBatch
 from idlm_jax.decoding.step import Policy
 from idlm_jax.errors import UserError, did_you_mean
 from idlm_jax.model import LanguageModel

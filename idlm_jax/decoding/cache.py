@@ -7,7 +7,7 @@ A round reads every slot, used or not. A batch whose requests differ in length m
 *pools* of consecutive requests with as many slots each as they need.
 
 Or the cache is *paged* (vLLM's, arXiv 2309.06180): the batch axis counts pages of a few slots each, and a table says
-which pages are a request's, in order of its slots. A prompt is prefilled into a dense cache and copied.
+which pages are a request's, in order of its slots.
 """
 
 from collections.abc import Callable, Sequence
@@ -81,29 +81,6 @@ def write_rows(
         # vmap makes a scatter of it, and XLA guards each with a bounds check: two kernels a layer at batch 1.
         return store(cache[0], rows_BKWd[0], length_B[0])[None]
     return jax.vmap(store)(cache, rows_BKWd, length_B)
-
-
-def store_pages(cache: Cache, dense: Cache, row_F: Int[Array, " F"], pages_FN: Int[Array, "F N"]) -> Cache:
-    """Copy rows of a dense cache to pages, slot 0 on to the first; ``BIN`` for slots that nobody asks for."""
-
-    def store(old: Float[Array, "P K page d"], new: Float[Array, "B K S d"]) -> Array:
-        _, heads, page, size = old.shape
-        pages = min(pages_FN.shape[1], -(-new.shape[2] // page))
-        slots = min(pages * page, new.shape[2])
-        rows = jnp.pad(new[row_F, :, :slots], ((0, 0), (0, 0), (0, pages * page - slots), (0, 0)))
-        return old.at[pages_FN[:, :pages]].set(rows.reshape(-1, heads, pages, page, size).swapaxes(1, 2))
-
-    return jax.tree.map(store, cache, dense)
-
-
-def load_pages(dense: Cache, cache: Cache, row_F: Int[Array, " F"], pages_FN: Int[Array, "F N"]) -> Cache:
-    """Copy pages to rows of a dense cache that has room for them, the first to slot 0 on: ``store_pages`` undone."""
-
-    def load(old: Float[Array, "B K S d"], new: Float[Array, "P K page d"]) -> Array:
-        rows = new[pages_FN].swapaxes(1, 2)
-        return old.at[row_F, :, : rows.shape[2] * rows.shape[3]].set(rows.reshape(*rows.shape[:2], -1, rows.shape[4]))
-
-    return jax.tree.map(load, dense, cache)
 
 
 def over_pools(

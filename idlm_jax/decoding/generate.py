@@ -222,22 +222,15 @@ def idle_state(
     )
 
 
-def prefill(
-    model: Qwen3,
-    cache: Cache,
-    tokens: Int[np.ndarray, "B L"],
-    policy: Policy,
-    start: int | Int[np.ndarray, " B"] = 0,
-) -> Cache:
-    """Store the keys and values of padded prompts from slot ``start`` on; ``cache`` is donated.
+def prefill(model: Qwen3, cache: Cache, tokens: Int[np.ndarray, "B L"], policy: Policy) -> Cache:
+    """Store the keys and values of padded prompts; ``cache`` is donated.
 
-    What lies before is the beginning of the prompts. More than PREFILL_CHUNK tokens must be a multiple of it, and the
-    cache must have room for all, padding included.
+    More than PREFILL_CHUNK tokens must be a multiple of it.
     """
     chunk = min(PREFILL_CHUNK, max(tokens.shape[1], 1))
     for first in range(0, tokens.shape[1], chunk):
         part = jnp.asarray(tokens[:, first : first + chunk])
-        cache = _prefill_chunk(model, cache, part, start + first, None if policy.gated else 0, policy.kernels)
+        cache = _prefill_chunk(model, cache, part, first, None if policy.gated else 0, policy.kernels)
     return cache
 
 

@@ -8,40 +8,37 @@ begins in a small place and moves, cache and all, to a larger one when it has fi
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import batched
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Int
 
 from idlm_jax.backbone.qwen3 import Qwen3
-from idlm_jax.decoding.cache import Cache, LayerCache, bucket, init_cache
-from idlm_jax.decoding.generate import (
-    PREFILL_CHUNK,
-    Emission,
-    SamplingParams,
-    check_request,
-    end_tokens,
-    idle_state,
-    prefill,
+from idlm_jax.decoding.admission import (
+    MOST_END_TOKENS,
+    Admission,
+    Answer,
+    Request,
+    admission,
+    admit,
+    check_admission,
+    put,
 )
-from idlm_jax.decoding.sampling import Filters
+from idlm_jax.decoding.cache import Cache, LayerCache, bucket, init_cache
+from idlm_jax.decoding.generate import PREFILL_CHUNK, Emission, idle_state, prefill
 from idlm_jax.decoding.step import DecodeState, Policy, decode_rounds, running
 from idlm_jax.decoding.window import window_rows
-from idlm_jax.errors import UserError
 
 # Prompts a prefill call takes, and requests a call puts into places. One number, so that the programs a prompt runs
 # through depend on its own length alone, whatever is admitted with it.
 ADMIT_ROWS = 32
 # Prompts are padded to this, to PREFILL_CHUNK, or to a power of two beyond: each size is a program to compile.
 SHORT_PROMPT = 64
-# Tokens that can end one request.
-MOST_END_TOKENS = 8
 
 Prompt = tuple[int, ...]
 
@@ -53,42 +50,6 @@ class Pool:
     places: int
     # Most tokens of a request while it sits here, prompt included.
     capacity: int
-
-
-@dataclass(frozen=True)
-class Request:
-    """A text to decode."""
-
-    # The caller's name for it.
-    id: int
-    prompt: Sequence[int]
-    sampling: SamplingParams
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A request and all it has emitted so far; ``emission.done`` says whether it has ended."""
-
-    request: Request
-    emission: Emission
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Admission:
-    """Requests on their way into places, padded with a place that does not exist."""
-
-    place: Int[Array, " F"]
-    # Which prefilled prompt is the request's.
-    row: Int[Array, " F"]
-    length: Int[Array, " F"]
-    pending: Int[Array, " F"]
-    max_tokens: Int[Array, " F"]
-    eos: Int[Array, "F E"]
-    temperature: Float[Array, " F"]
-    top_k: Int[Array, " F"]
-    top_p: Float[Array, " F"]
-    seed: UInt[Array, " F"]
 
 
 @jax.tree_util.register_dataclass
@@ -103,10 +64,6 @@ class _Report:
     done: Bool[Array, " B"]
     # Not done, but without room for another round.
     full: Bool[Array, " B"]
-
-
-def _put(old: Array, place: Int[Array, " F"], value: Array | int | bool) -> Array:
-    return old.at[place].set(value, mode="drop")
 
 
 def _put_cache(layer: LayerCache, source: LayerCache, row: Array, place: Array) -> LayerCache:
@@ -124,28 +81,11 @@ def _put_cache(layer: LayerCache, source: LayerCache, row: Array, place: Array) 
 
 
 @partial(jax.jit, donate_argnames=("state",))
-def _fill(state: DecodeState, prefilled: Cache, new: _Admission) -> DecodeState:
-    """Put requests into places: their prompts' keys and values, and the state before the first round."""
-    put = partial(_put, place=new.place)
+def _fill(state: DecodeState, prefilled: Cache, row: Int[Array, " F"], new: Admission) -> DecodeState:
+    """Put requests into places, each with the keys and values of a row of prefilled prompts."""
+    layers = zip(state.cache, prefilled, strict=True)
     return replace(
-        state,
-        cache=tuple(
-            _put_cache(layer, source, new.row, new.place) for layer, source in zip(state.cache, prefilled, strict=True)
-        ),
-        length=put(state.length, value=new.length),
-        pending=put(state.pending, value=new.pending),
-        warm=put(state.warm, value=False),
-        emitted=put(state.emitted, value=0),
-        rounds=put(state.rounds, value=0),
-        done=put(state.done, value=False),
-        filters=Filters(
-            temperature=put(state.filters.temperature, value=new.temperature),
-            top_k=put(state.filters.top_k, value=new.top_k),
-            top_p=put(state.filters.top_p, value=new.top_p),
-            key=put(state.filters.key, value=jax.vmap(jax.random.key)(new.seed)),
-        ),
-        max_tokens=put(state.max_tokens, value=new.max_tokens),
-        eos=put(state.eos, value=new.eos),
+        admit(state, new), cache=tuple(_put_cache(layer, source, row, new.place) for layer, source in layers)
     )
 
 
@@ -155,11 +95,11 @@ def _move(state: DecodeState, pool: int, source: Int[Array, " F"], target: Int[A
     first = sum(layer.shape[0] for layer in state.cache[0][: 2 * pool : 2])
 
     def move(old: Array) -> Array:
-        return _put(old, target, old.at[source].get(mode="clip"))
+        return put(old, target, old.at[source].get(mode="clip"))
 
     cache = tuple(_put_cache(layer, layer[2 * pool : 2 * pool + 2], source - first, target) for layer in state.cache)
     moved = jax.tree.map(move, replace(state, cache=()))
-    return replace(moved, cache=cache, slots=state.slots, done=_put(moved.done, source, True))
+    return replace(moved, cache=cache, slots=state.slots, done=put(moved.done, source, True))
 
 
 @partial(jax.jit, static_argnames=("policy",), donate_argnames=("state",))
@@ -173,8 +113,7 @@ class SlotBatch:
     """Requests decoded side by side in pools of places, from a queue that ``submit`` fills.
 
     ``run`` hands the device a call and then collects what the call *before* it has finished, so that the device never
-    waits for the host; a request that ends is therefore returned one call later. ``step`` does the same, and returns
-    how far the others are, too.
+    waits for the host; a request that ends is therefore returned one call later.
     """
 
     def __init__(self, model: Qwen3, policy: Policy, pools: Sequence[Pool]):
@@ -207,57 +146,18 @@ class SlotBatch:
         return max(0, sum(map(len, self._free)) - len(self._waiting))
 
     @property
-    def waiting(self) -> int:
-        """How many requests have been submitted that have no place yet."""
-        return len(self._waiting)
-
-    @property
-    def running(self) -> int:
-        """How many requests sit in places."""
-        return len(self._owners) - sum(map(len, self._free))
-
-    @property
     def busy(self) -> bool:
         """Whether a request has been submitted that ``run`` has not returned."""
-        return bool(self._waiting) or self.running > 0
-
-    def check(self, request: Request) -> None:
-        """Raise UserError for a request that cannot run; looks at nothing that changes, so any thread may ask."""
-        check_request(self._model, request.prompt, request.sampling, self._policy)
-        if len(request.prompt) + request.sampling.max_tokens > self._capacity:
-            raise UserError(
-                f"prompt ({len(request.prompt)} tokens) + max_tokens ({request.sampling.max_tokens}) exceeds the "
-                f"{self._capacity} tokens that the batch has room for"
-            )
-        if len(end_tokens(self._model, request.sampling)) > MOST_END_TOKENS:
-            raise UserError(f"at most {MOST_END_TOKENS} tokens can end a text")
+        return bool(self._waiting) or any(self._owners)
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests; raises UserError for the first that cannot run, and queues none of those after it."""
         for request in requests:
-            self.check(request)
+            check_admission(self._model, request, self._policy, self._capacity)
             self._waiting.append(request)
-
-    def cancel(self, ids: Collection[int]) -> None:
-        """Forget requests, wherever they are; ids that are not here (any more) are none.
-
-        The call before may still decode them: its report is of places that then have no owner, or another one.
-        """
-        self._waiting = deque(request for request in self._waiting if request.id not in ids)
-        ended = np.array([owner is not None and owner.id in ids for owner in self._owners])
-        if not ended.any():
-            return
-        self._state = replace(self._state, done=self._state.done | ended)
-        for place in np.flatnonzero(ended).tolist():
-            self._full.pop(place, None)
-            self._release(place)
 
     def run(self, rounds: int) -> list[Answer]:
         """Start up to ``rounds`` rounds; returns the requests that ended before the last call did, by place."""
-        return [answer for answer in self.step(rounds) if answer.emission.done]
-
-    def step(self, rounds: int) -> list[Answer]:
-        """Start up to ``rounds`` rounds; returns how far all requests were when the last call ended, by place."""
         self._move_on()
         self._admit()
         self._state, report = _run(self._model, self._state, rounds, self._policy)
@@ -271,17 +171,17 @@ class SlotBatch:
         emitted, rounds = np.asarray(report.emitted), np.asarray(report.rounds)
         done, full = np.asarray(report.done), np.asarray(report.full)
         answers = []
-        for place, owner in enumerate(owners):
+        for place in np.flatnonzero(done | full).tolist():
+            owner = owners[place]
             # A place that was left or refilled after that call has another owner now.
             if owner is None or owner is not self._owners[place]:
                 continue
-            ended = bool(done[place])
-            emission = Emission(tokens[place, : emitted[place]].copy(), history[place, : rounds[place]].copy(), ended)
-            answers.append(Answer(owner, emission))
             if full[place]:
                 self._full.setdefault(place, owner)
-            if ended:
-                self._release(place)
+                continue
+            emission = Emission(tokens[place, : emitted[place]].copy(), history[place, : rounds[place]].copy(), True)
+            answers.append(Answer(owner, emission))
+            self._release(place)
         return answers
 
     def _take_place(self, request: Request, at_least: int) -> int | None:
@@ -327,9 +227,12 @@ class SlotBatch:
             admitted.setdefault(tuple(request.prompt), []).append((place, request))
         for size, prompts in _by_size(admitted, self._admit_rows):
             prefilled = self._prefill(size, prompts)
-            places = [(row, *pair) for row, prompt in enumerate(prompts) for pair in admitted[prompt]]
-            for group in batched(places, self._admit_rows):
-                self._state = _fill(self._state, prefilled, self._admission(group))
+            pairs = [(row, pair) for row, prompt in enumerate(prompts) for pair in admitted[prompt]]
+            for group in batched(pairs, self._admit_rows):
+                rows = np.zeros(self._admit_rows, np.int32)
+                rows[: len(group)] = [row for row, _ in group]
+                new = admission(self._model, [pair for _, pair in group], self._admit_rows, len(self._owners))
+                self._state = _fill(self._state, prefilled, rows, new)
 
     def _smallest_pool(self, prompt_tokens: int) -> int:
         return next(i for i, pool in enumerate(self._pools) if prompt_tokens < pool.capacity)
@@ -346,33 +249,6 @@ class SlotBatch:
             cache = init_cache(self._model.config, self._admit_rows, size, self._model.dtype)
         self._prefill_caches[size] = prefill(self._model, cache, tokens, self._policy)
         return self._prefill_caches[size]
-
-    def _admission(self, group: Sequence[tuple[int, int, Request]]) -> _Admission:
-        """(prefilled row, place, request) as arrays."""
-        nowhere = (0, len(self._owners), Request(-1, [0], SamplingParams()))
-        padded = [*group, *[nowhere] * (self._admit_rows - len(group))]
-        rows, places, requests = zip(*padded, strict=True)
-        sampling = [request.sampling for request in requests]
-        eos = np.full((len(requests), MOST_END_TOKENS), -1, np.int32)
-        for row, params in zip(eos, sampling, strict=True):
-            ends = end_tokens(self._model, params)
-            row[: len(ends)] = ends
-        # Arrays of numpy: each jnp call here would be one more launch.
-        ints: Callable[[Any], Any] = partial(np.asarray, dtype=np.int32)
-        floats: Callable[[Any], Any] = partial(np.asarray, dtype=np.float32)
-        seeds: Any = np.asarray([params.seed or 0 for params in sampling], np.uint32)
-        return _Admission(
-            place=ints(places),
-            row=ints(rows),
-            length=ints([len(request.prompt) - 1 for request in requests]),
-            pending=ints([request.prompt[-1] for request in requests]),
-            max_tokens=ints([params.max_tokens for params in sampling]),
-            eos=ints(eos),
-            temperature=floats([params.temperature for params in sampling]),
-            top_k=ints([max(params.top_k, 0) for params in sampling]),
-            top_p=floats([params.top_p for params in sampling]),
-            seed=seeds,
-        )
 
 
 def _by_size(prompts: Iterable[Prompt], most: int) -> Iterator[tuple[int, tuple[Prompt, ...]]]:

@@ -173,7 +173,7 @@ def _emit(
     )
 
 
-def decode_rounds(model: Qwen3, state: DecodeState, rounds: Int[Array, ""], policy: Policy) -> DecodeState:
+def decode_rounds(model: Qwen3, state: DecodeState, rounds: Int[Array, ""] | int, policy: Policy) -> DecodeState:
     """Up to ``rounds`` rounds, fewer if every request ends or waits before."""
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Array:
@@ -194,13 +194,15 @@ def prefill_chunk(
     start: Int[Array, "#B"] | Int[Array, ""],
     adapter_from: int | None,
     kernels: str = "auto",
+    pages_BN: Int[Array, "B N"] | None = None,
 ) -> Cache:
     """Store the keys and values of C prompt tokens of every request at its slots ``start …``; computes no logits.
 
-    Shorter prompts are padded on the right: what the padding stores lies beyond their length and is never read.
+    Shorter prompts are padded on the right: what the padding stores lies beyond their length and is never read. Of a
+    paged cache, ``pages`` are those of each request; what lies beyond them goes to the last, which must be ``BIN``.
     """
     batch, rows = tokens.shape
     start_B = jnp.broadcast_to(start, (batch,))
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool)), (batch, rows, rows))
     positions = start_B[:, None] + jnp.arange(rows)
-    return forward(model, tokens, positions, start_B, causal, cache, adapter_from, kernels)[1]
+    return forward(model, tokens, positions, start_B, causal, cache, adapter_from, kernels, pages_BN)[1]

@@ -5,6 +5,7 @@ anchored after clean row a_g: its masks take the positions that follow that row 
 a_g, and their own group causally. Row numbers never change, so the LoRA gate is static; only anchors vary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,6 +50,10 @@ class Layout(Protocol):
         """Whether that group's drafts stand at the right place, so that the next round can verify them."""
         ...
 
+    def tokens_per_forward(self, prefix: Sequence[float]) -> float:
+        """TPF of a stride, from P_k, the chance that the first k drafts are all accepted, k = 1 … N - 1."""
+        ...
+
 
 @dataclass(frozen=True)
 class StandardLayout:
@@ -72,6 +77,10 @@ class StandardLayout:
         """After a cold round, or when every draft was accepted."""
         return ~warm_B | (accepted_B == stride - 1)
 
+    def tokens_per_forward(self, prefix: Sequence[float]) -> float:
+        """Cold rounds emit one token, and every rejection costs one (method.md 6.2)."""
+        return (2 + sum(prefix[:-1])) / (2 - prefix[-1]) if prefix else 1.0
+
 
 @dataclass(frozen=True)
 class BranchLayout:
@@ -94,6 +103,10 @@ class BranchLayout:
     def next_warm(self, warm_B: Bool[Array, " B"], accepted_B: Int[Array, " B"], stride: int) -> Bool[Array, " B"]:
         """Always."""
         return jnp.ones_like(warm_B)
+
+    def tokens_per_forward(self, prefix: Sequence[float]) -> float:
+        """No round is cold (design.md 7)."""
+        return 1 + sum(prefix)
 
 
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (StandardLayout(), BranchLayout())}

@@ -21,6 +21,7 @@ from idlm_jax.checkpoint.source import WeightSource, find_mask_token
 from idlm_jax.data.pipeline import held_out_split, make_dataset
 from idlm_jax.data.tokens import TokenStore, check_tokenizer
 from idlm_jax.decoding.config import MAX_STRIDE
+from idlm_jax.decoding.window import LAYOUTS
 from idlm_jax.errors import UserError, did_you_mean
 from idlm_jax.training.config import DTYPES
 from idlm_jax.training.groups import Batch, GroupPolicy, draw_groups
@@ -56,11 +57,8 @@ class Acceptance:
     prefix: tuple[float, ...]
 
     def tokens_per_forward(self, stride: int, layout: str) -> float:
-        """TPF of a stride up to block_size + 1 that follows from P_k (method.md 6.2; branch: design.md 7)."""
-        prefix = self.prefix[: stride - 1]
-        if layout == "branch":
-            return 1 + sum(prefix)
-        return (2 + sum(prefix[:-1])) / (2 - prefix[-1])
+        """TPF of a stride up to block_size + 1 that follows from P_k."""
+        return LAYOUTS[layout].tokens_per_forward(self.prefix[: stride - 1])
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,38 @@
-"""What the service asks of an engine, and the engine over a continuous batch of places (``decoding.refill``)."""
+"""The engine: continuous batching over pages, one call of rounds ahead of the host.
 
-from collections.abc import Callable, Collection, Iterable
+Requests, their lengths, filters, drafts and pages live on the device. While it runs a call, the host plans the next
+from what the call before has reported, and dispatches it; then it reads what the first has reported. So the device
+never waits for the host, and nothing is made anew when a request comes or goes.
+"""
+
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
+import jax
+import numpy as np
+
 from idlm_jax.backbone.qwen3 import Qwen3
-from idlm_jax.decoding.generate import PREFILL_CHUNK, SamplingParams
-from idlm_jax.decoding.refill import SHORT_PROMPT, Answer, Pool, Request, SlotBatch
+from idlm_jax.decoding.admission import MOST_END_TOKENS, Answer, Request, admission, check_admission
+from idlm_jax.decoding.cache import BIN, PAGE, cache_bytes
+from idlm_jax.decoding.generate import SamplingParams
+from idlm_jax.decoding.paged import Report, admit, give_pages, idle_paged_state, prefill_pages, run_requests
 from idlm_jax.decoding.step import Policy
+from idlm_jax.decoding.window import window_rows
+from idlm_jax.errors import UserError
+from idlm_jax.serving.pages import Pages
+from idlm_jax.serving.scheduler import PREFILL_TOKENS, Chunk, Plan, Scheduler, Seat, chunk_sizes
+from idlm_jax.serving.stride import StrideChooser
 
 # Rounds between two looks at the texts: clients see new text, and a stop string ends one, at most so much later.
-ROUNDS_PER_STEP = 4
+ROUNDS = 4
+# Pages that the tables of a prefill call name: the smallest number, and how it grows.
+_FEWEST_PAGES, _PAGES_FACTOR = 8, 4
+# Tokens that requests have when costs are measured, at most.
+_MEASURED_LENGTH = 512
+# Share of the free memory of a device that pages may take; the rest is for what programs need while they run.
+_MEMORY_SHARE = 0.85
 
 
 class Engine(Protocol):
@@ -35,6 +58,11 @@ class Engine(Protocol):
         """How many requests have been submitted and wait to be decoded."""
         ...
 
+    @property
+    def cache_used(self) -> float:
+        """Share of the cache that requests hold."""
+        ...
+
     def warm_up(self, say: Callable[[str], None]) -> None:
         """Compile every program that requests can need."""
         ...
@@ -56,43 +84,224 @@ class Engine(Protocol):
         ...
 
 
-class SlotEngine:
-    """A continuous batch of places of one capacity, all of them allocated from the start."""
+class PagedEngine:
+    """Requests in ``places``, their keys in ``pages``, decoded by one policy or by the best of several."""
 
-    def __init__(self, model: Qwen3, policy: Policy, places: int, capacity: int):
-        self.places, self.capacity = places, capacity
-        self._batch = SlotBatch(model, policy, [Pool(places, capacity)])
-        self.check, self.submit, self.cancel = self._batch.check, self._batch.submit, self._batch.cancel
+    def __init__(self, model: Qwen3, policies: Sequence[Policy], places: int, capacity: int, pages: int | None = None):
+        """``policies`` share everything but stride and layout.
+
+        ``pages`` in all; by default what all places need at full length, as far as the device has room.
+        """
+        self._model, self._places, self.capacity = model, places, capacity
+        self._widest = max(policies, key=lambda policy: policy.stride)
+        self._window = max(window_rows(policy.layout, policy.stride) for policy in policies)
+        # The last token of a request is never stored.
+        self._pages_a_request = -(-(capacity - 2 + self._window) // PAGE)
+        accounts = Pages(_pages_that_fit(model, 1 + places * self._pages_a_request) if pages is None else pages, PAGE)
+        self._scheduler = Scheduler(places, accounts, ROUNDS * self._widest.stride, self._window)
+        self._strides = StrideChooser(policies)
+        self._state = idle_paged_state(
+            model,
+            self._widest,
+            places,
+            accounts.most + 1,
+            self._pages_a_request,
+            capacity + self._widest.stride,
+            MOST_END_TOKENS,
+        )
+        # The call whose report has not been read: by which policy, and whose.
+        self._last: tuple[Report, Policy, list[Seat]] | None = None
+
+    @property
+    def places(self) -> int:
+        """How many requests are decoded at once."""
+        return self._places
 
     @property
     def running(self) -> int:
         """How many requests sit in places."""
-        return self._batch.running
+        return self._scheduler.running
 
     @property
     def waiting(self) -> int:
-        """How many requests wait for a place."""
-        return self._batch.waiting
+        """How many requests wait for a place or for pages."""
+        return self._scheduler.waiting
 
-    def warm_up(self, say: Callable[[str], None]) -> None:
-        """Compile prefill for every size of prompts, and the rounds."""
-        lengths = _prompt_lengths(self.capacity)
-        for number, (shortest, longest) in enumerate(lengths, 1):
-            say(f"warming up, {number} of {len(lengths)}: prompts of up to {longest} tokens")
-            self.submit([Request(-1, [0] * shortest, SamplingParams(max_tokens=1))])
-            while self._batch.busy:
-                self.step()
+    @property
+    def cache_used(self) -> float:
+        """Share of the pages that requests hold; those that are kept for later prompts count as free."""
+        pages = self._scheduler.pages
+        return 1 - pages.available / pages.most
+
+    def check(self, request: Request) -> None:
+        """Raise UserError for a request that cannot run, even alone."""
+        check_admission(self._model, request, self._widest, self.capacity)
+        pages = self._scheduler.pages
+        needed = pages.pages_for(self._scheduler.slots(request))
+        if needed > pages.most:
+            raise UserError(
+                f"prompt ({len(request.prompt)} tokens) + max_tokens ({request.sampling.max_tokens}) need {needed} "
+                f"pages of the cache, which has {pages.most}"
+            )
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Queue requests; raises UserError for the first that cannot run, and queues none of those after it."""
+        for request in requests:
+            self.check(request)
+            self._scheduler.submit([request])
+
+    def cancel(self, ids: Collection[int]) -> None:
+        """Forget requests; the call under way may still decode them, and its report of them is not read."""
+        self._scheduler.cancel(set(ids))
 
     def step(self) -> list[Answer]:
         """Start the next rounds; returns how far requests were when the rounds before had ended."""
-        return self._batch.step(ROUNDS_PER_STEP)
+        plan = self._scheduler.plan()
+        self._prepare(plan)
+        before, self._last = self._last, self._start(plan.run) if plan.run else None
+        return [] if before is None else self._collect(*before)
+
+    def _prepare(self, plan: Plan) -> None:
+        """Tell the device about prompts, pages and newcomers."""
+        for size, chunks in plan.prefills:
+            self._prefill(size, chunks)
+        if plan.pages:
+            numbers = np.full(self._places, self._places, np.int32)
+            numbers[: len(plan.pages)] = [seat.place for seat in plan.pages]
+            self._state = give_pages(
+                self._state, numbers, self._tables(plan.pages, self._places, self._pages_a_request)
+            )
+        if plan.admit:
+            group = [(seat.place, seat.job.request) for seat in plan.admit]
+            emitted = [seat.job.emitted for seat in plan.admit]
+            self._state = admit(self._state, admission(self._model, group, self._places, self._places, emitted))
+
+    def _tables(self, seats: Sequence[Seat], rows: int, width: int) -> np.ndarray:
+        table = np.full((rows, width), BIN, np.int32)
+        for row, seat in zip(table, seats, strict=False):
+            numbers = self._scheduler.pages.of(seat.job.request.id)[:width]
+            row[: len(numbers)] = numbers
+        return table
+
+    def _prefill(self, size: int, chunks: Sequence[Chunk]) -> None:
+        rows = PREFILL_TOKENS // size
+        tokens, start = np.zeros((rows, size), np.int32), np.zeros(rows, np.int32)
+        for row, chunk in enumerate(chunks):
+            tokens[row, : len(chunk.tokens)], start[row] = chunk.tokens, chunk.start
+        slots = max(chunk.start + len(chunk.tokens) for chunk in chunks)
+        width = next(width for width in self._prefill_widths() if width * PAGE >= slots)
+        tables = self._tables([chunk.seat for chunk in chunks], rows, width)
+        self._store(tokens, start, np.pad(tables, ((0, 0), (0, 1)), constant_values=BIN))
+
+    def _store(self, tokens: np.ndarray, start: np.ndarray, tables: np.ndarray) -> None:
+        policy = self._widest
+        adapter_from = None if policy.gated else 0
+        cache = prefill_pages(self._model, self._state.cache, tokens, start, tables, adapter_from, policy.kernels)
+        self._state = replace(self._state, cache=cache)
+
+    def _prefill_widths(self) -> Iterator[int]:
+        width = _FEWEST_PAGES
+        while width < self._pages_a_request:
+            yield width
+            width *= _PAGES_FACTOR
+        yield self._pages_a_request
+
+    def _start(self, seats: list[Seat]) -> tuple[Report, Policy, list[Seat]]:
+        """Dispatch a call of rounds."""
+        size = next(size for size in self._sizes() if size >= len(seats))
+        policy = self._strides.choose(size)
+        numbers, trust = np.full(size, self._places, np.int32), np.zeros(size, bool)
+        numbers[: len(seats)] = [seat.place for seat in seats]
+        trust[: len(seats)] = [seat.stride >= policy.stride for seat in seats]
+        for seat in seats:
+            seat.stride = policy.stride
+        self._state, report = run_requests(self._model, self._state, numbers, trust, ROUNDS, policy)
+        for array in jax.tree.leaves(report):
+            array.copy_to_host_async()
+        return report, policy, seats
+
+    def _sizes(self) -> Iterator[int]:
+        """Requests a call: powers of two, and all places."""
+        size = 1
+        while size < self._places:
+            yield size
+            size *= 2
+        yield self._places
+
+    def _collect(self, report: Report, policy: Policy, seats: Sequence[Seat]) -> list[Answer]:
+        tokens, count, done = np.asarray(report.tokens), np.asarray(report.count), np.asarray(report.done)
+        history, rounds = np.asarray(report.history), np.asarray(report.rounds)
+        answers = []
+        for row, seat in enumerate(seats):
+            outcomes = history[row, : rounds[row]]
+            self._strides.observe(policy, outcomes)
+            answer = self._scheduler.collect(seat, tokens[row, : count[row]], outcomes, bool(done[row]))
+            if answer is not None:
+                answers.append(answer)
+        return answers
+
+    def warm_up(self, say: Callable[[str], None]) -> None:
+        """Compile prefill and rounds in all sizes; where there is a choice of policies, measure what they cost."""
+        began = time.monotonic()
+        shapes = [(size, width) for size in chunk_sizes(self.capacity) for width in self._prefill_widths()]
+        for number, (size, width) in enumerate(shapes, 1):
+            say(f"compiling prefill, {number} of {len(shapes)}: {size} tokens a prompt, up to {width * PAGE} in all")
+            rows = PREFILL_TOKENS // size
+            tables = np.full((rows, width + 1), BIN, np.int32)
+            self._store(np.zeros((rows, size), np.int32), np.zeros(rows, np.int32), tables)
+        for size in self._sizes():
+            for policy in self._strides.policies:
+                if len(self._strides.policies) > 1 and not self._strides.worth_measuring(size, policy):
+                    continue
+                seconds = self._measure(size, policy)
+                self._strides.measured(size, policy, seconds)
+                say(f"compiled {size} requests at once, {_name(policy)}: {1e3 * seconds:.2f} ms a round")
+        self._rest()
+        say(f"ready after {time.monotonic() - began:.0f} s")
+
+    def _measure(self, size: int, policy: Policy) -> float:
+        """Compile the rounds of so many requests; returns the seconds that one takes."""
+        seconds = []
+        for _ in range(3):
+            self._occupy(size)
+            numbers = np.arange(size, dtype=np.int32)
+            began = time.perf_counter()
+            self._state, report = run_requests(self._model, self._state, numbers, np.zeros(size, bool), ROUNDS, policy)
+            jax.block_until_ready(report)
+            seconds.append((time.perf_counter() - began) / ROUNDS)
+        return min(seconds)
+
+    def _occupy(self, size: int) -> None:
+        """Let places look as if requests were in them; they read and write the page that is nobody's."""
+        # Greedy, without end tokens.
+        sampling = SamplingParams(max_tokens=self.capacity, ignore_eos=True)
+        length = min(_MEASURED_LENGTH, self.capacity // 2)
+        group = [(place, Request(-1, [0] * length, sampling)) for place in range(size)]
+        state = admit(self._state, admission(self._model, group, self._places, self._places))
+        slots = np.full(self._places, self._pages_a_request * PAGE, np.int32)
+        self._state = jax.block_until_ready(replace(state, slots=jax.device_put(slots)))
+
+    def _rest(self) -> None:
+        """Nobody sits anywhere, and the programs of coming and going have run."""
+        nobody = np.full(self._places, self._places, np.int32)
+        state = give_pages(self._state, nobody, self._tables([], self._places, self._pages_a_request))
+        done = jax.device_put(np.ones(self._places, bool))
+        self._state = replace(state, done=done, slots=jax.device_put(np.zeros(self._places, np.int32)))
 
 
-def _prompt_lengths(capacity: int) -> list[tuple[int, int]]:
-    """The shortest and the longest prompt of every size that prompts are padded to."""
-    # The last token of a prompt is not prefilled, so that a prompt of one has none; one token of text needs room.
-    lengths, size = [(min(2, capacity - 1), min(SHORT_PROMPT + 1, capacity - 1))], PREFILL_CHUNK
-    while lengths[-1][1] < capacity - 1:
-        lengths.append((lengths[-1][1] + 1, min(size + 1, capacity - 1)))
-        size *= 2
-    return lengths
+def _name(policy: Policy) -> str:
+    return "AR" if policy.stride == 1 else f"N = {policy.stride} {policy.layout.name}"
+
+
+def pages_in(model: Qwen3, memory: float) -> int:
+    """How many pages so many bytes hold, ``BIN`` included."""
+    return int(memory) // cache_bytes(model.config, 1, PAGE, model.dtype)
+
+
+def _pages_that_fit(model: Qwen3, wanted: int) -> int:
+    """Pages for all places at full length, or as many as the free memory of the device holds."""
+    stats = jax.local_devices()[0].memory_stats()
+    if not stats:
+        return wanted
+    free = stats["bytes_limit"] - stats["bytes_in_use"]
+    return max(2, min(wanted, pages_in(model, _MEMORY_SHARE * free)))

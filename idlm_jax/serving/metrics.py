@@ -42,11 +42,11 @@ class Metrics:
         ends = Counter("vllm:request_success", "Texts that ended.", [*_LABELS, "finished_reason"], registry=registry)
         self._ends = {reason: ends.labels(model, reason) for reason in ("stop", "length", "abort")}
 
-    def load(self, running: int, waiting: int, places: int) -> None:
-        """How busy the engine is."""
+    def load(self, running: int, waiting: int, used: float) -> None:
+        """How busy the engine is, and which share of its cache is taken."""
         self._running.set(running)
         self._waiting.set(waiting)
-        self._used.set(running / places)
+        self._used.set(used)
 
     def cancelled(self, texts: int) -> None:
         """Texts whose client has gone."""

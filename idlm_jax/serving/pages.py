@@ -6,21 +6,21 @@ that begins so; when the last of them has ended it stays until its room is neede
 a request's own prefix is shared, and a request writes behind that prefix, so nobody writes to a page of another.
 """
 
-from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from hashlib import sha256
 
+import numpy as np
+from jaxtyping import Int
+
 from idlm_jax.decoding.cache import BIN, PAGE
 from idlm_jax.errors import UserError
 
+Tokens = Sequence[int] | Int[np.ndarray, " L"]
+
 
 class Pages:
-    """The pages of one cache; requests are named by whatever the caller names them.
-
-    ``weights`` names what the keys were computed with, since equal tokens have equal keys under equal weights only: the
-    base model where an adapter acts on mask rows alone, the base model and the adapter where it acts on every row.
-    """
+    """The pages of one cache, whose keys are all computed with the same weights; callers name requests as they like."""
 
     def __init__(self, pages: int, page: int = PAGE):
         """``pages`` in all, of ``page`` slots each; page ``BIN`` is nobody's."""
@@ -55,17 +55,17 @@ class Pages:
         """How many pages hold so many slots."""
         return -(-slots // self.page)
 
-    def begin(self, request: Hashable, tokens: Sequence[int], count: int, weights: str) -> int | None:
+    def begin(self, request: Hashable, tokens: Tokens, count: int, spare: int = 0) -> int | None:
         """Give a new request ``count`` pages; returns how many of them, the first, hold its tokens' keys already.
 
         ``tokens`` are those whose keys the request will store first, from slot 0: its prompt without the last, which is
-        fed to the first round. None, and nothing changes, where there are too few pages.
+        fed to the first round. None, and nothing changes, where fewer than ``spare`` pages would be left for others.
         """
         if request in self._of_request:
             raise ValueError(f"request {request!r} has pages already")
-        shared = self._known(tokens[: count * self.page], weights)
+        shared = self._known(tokens[: count * self.page])
         idle = sum(number in self._idle for number in shared)
-        if count - len(shared) > self.available - idle:
+        if count - len(shared) + spare > self.available - idle:
             return None
         for number in shared:
             self._idle.pop(number, None)
@@ -84,12 +84,12 @@ class Pages:
         pages += taken
         return True
 
-    def publish(self, request: Hashable, tokens: Sequence[int], weights: str) -> None:
+    def publish(self, request: Hashable, tokens: Tokens) -> None:
         """Let others find the pages that ``tokens``, a request's from slot 0 on, fill up.
 
         Call it when the device has been told to store their keys: whoever reads them is started later.
         """
-        for number, key in zip(self._of_request[request], self._keys(tokens, weights), strict=False):
+        for number, key in zip(self._of_request[request], self._keys(tokens), strict=False):
             # Of two requests that computed the same keys side by side, the first is found.
             if key not in self._by_key and number not in self._key_of:
                 self._by_key[key], self._key_of[number] = number, key
@@ -129,18 +129,18 @@ class Pages:
         del self._by_key[self._key_of.pop(number)]
         return number
 
-    def _known(self, tokens: Sequence[int], weights: str) -> list[int]:
+    def _known(self, tokens: Tokens) -> list[int]:
         """The pages that hold the keys of the longest known prefix of tokens."""
         pages = []
-        for key in self._keys(tokens, weights):
+        for key in self._keys(tokens):
             if key not in self._by_key:
                 break
             pages.append(self._by_key[key])
         return pages
 
-    def _keys(self, tokens: Sequence[int], weights: str) -> Iterator[bytes]:
+    def _keys(self, tokens: Tokens) -> Iterator[bytes]:
         """A key for each page that tokens fill up: a hash, with no known collisions, of its tokens and all before."""
-        key = sha256(weights.encode()).digest()
+        numbers, key = np.asarray(tokens, np.int64), b""
         for end in range(self.page, len(tokens) + 1, self.page):
-            key = sha256(key + array("q", tokens[end - self.page : end]).tobytes()).digest()
+            key = sha256(key + numbers[end - self.page : end].tobytes()).digest()
             yield key

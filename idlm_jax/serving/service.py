@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
+from idlm_jax.decoding.admission import Request
 from idlm_jax.decoding.generate import DecodeStats, Emission, SamplingParams, end_tokens, stats_from_history
-from idlm_jax.decoding.refill import Request
 from idlm_jax.decoding.text import TextBuilder
 from idlm_jax.model import LanguageModel, Prompt
 from idlm_jax.serving.engine import Engine
@@ -262,7 +262,7 @@ class Service:
             call.tell(updates)
 
     def _report_load(self) -> None:
-        self.metrics.load(self._engine.running, self._engine.waiting, self._engine.places)
+        self.metrics.load(self._engine.running, self._engine.waiting, self._engine.cache_used)
 
     def _feed(self, text: _Text, emission: Emission) -> Update:
         builder = text.builder

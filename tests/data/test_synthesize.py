@@ -15,8 +15,9 @@ from idlm_jax.cli import data_synthesize as verb
 from idlm_jax.data import synthesize as module
 from idlm_jax.data.synthesize import Author, ChatFrame, Progress, SynthesisConfig, pools, synthesize
 from idlm_jax.data.tokens import TokenStore
+from idlm_jax.decoding.admission import Answer, Request
 from idlm_jax.decoding.generate import generate_tokens
-from idlm_jax.decoding.refill import Answer, Pool, Request
+from idlm_jax.decoding.refill import Pool
 from idlm_jax.errors import UserError
 from idlm_jax.model import LanguageModel, load
 from tests.cli.decoding_support import TINY, json_lines, refused, run, write

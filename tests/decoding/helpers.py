@@ -11,6 +11,8 @@ from idlm_jax.backbone.adapter import Adapter
 from idlm_jax.backbone.qwen3 import Qwen3, causal_logits
 from idlm_jax.backbone.weights import Params, init_params
 from idlm_jax.config import ModelConfig
+from idlm_jax.decoding.admission import Request
+from idlm_jax.decoding.cache import BIN, Cache
 from idlm_jax.decoding.generate import Emission, SamplingParams, generate_tokens
 from idlm_jax.decoding.sampling import COUPLINGS
 from idlm_jax.decoding.step import Policy
@@ -113,3 +115,43 @@ def greedy_texts() -> tuple[list[list[int]], list[list[int]]]:
     """31 prompts, and MOST greedy tokens of each by naive AR of ``drafting_model``."""
     prompts = random_prompts(31)
     return prompts, naive_ar(drafting_model(), prompts, MOST)
+
+
+def requests_of_all_kinds(count: int = 31) -> list[Request]:
+    """Greedy and sampled, filtered or not, short and long, with end tokens or without; some prompts occur twice."""
+    prompts = random_prompts(count, seed=3)
+    prompts[5] = prompts[4]
+    prompts[count - 2] = prompts[2]
+    kinds = ((0.0, 0, 1.0), (1.0, 0, 1.0), (0.8, 7, 1.0), (1.0, 0, 0.9))
+    rng = np.random.default_rng(4)
+    requests = []
+    for i, prompt in enumerate(prompts):
+        temperature, top_k, top_p = kinds[i % len(kinds)]
+        ends = tuple(rng.integers(0, MASK, i % 3).tolist())
+        most = int(rng.integers(1, MOST + 1))
+        requests.append(Request(i, prompt, SamplingParams(temperature, top_k, top_p, 100 + i, most, (), ends)))
+    return requests
+
+
+@cache
+def alone(policy: Policy) -> list[tuple[list[int], list[int]]]:
+    """The texts of ``requests_of_all_kinds`` by one static batch, and how many drafts each round accepted."""
+    requests = requests_of_all_kinds()
+    prompts, sampling = [r.prompt for r in requests], [r.sampling for r in requests]
+    run = decode(drafting_model(drafting_adapter()), prompts, sampling, policy)
+    return [(emission.tokens.tolist(), emission.history.tolist()) for emission in run]
+
+
+def copied_to_pages(pages: Cache, dense: Cache, table: np.ndarray) -> Cache:
+    """Keys and values of a dense cache in the pages of each request, slot by slot."""
+
+    def copy(old: jax.Array, new: jax.Array) -> jax.Array:
+        stored, rows = np.array(old), np.asarray(new)
+        page = stored.shape[2]
+        for request, numbers in enumerate(np.asarray(table)):
+            for slot in range(min(len(numbers) * page, rows.shape[2])):
+                if numbers[slot // page] != BIN:
+                    stored[numbers[slot // page], :, slot % page] = rows[request, :, slot]
+        return jnp.asarray(stored)
+
+    return jax.tree.map(copy, pages, dense)

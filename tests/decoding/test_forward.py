@@ -12,10 +12,11 @@ from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.backbone.weights import Params, abstract_params, fuse_projections
 from idlm_jax.config import ModelConfig
 from idlm_jax.decoding import forward as forward_module
-from idlm_jax.decoding.cache import attend_window, cached_attention, init_cache, init_pools, load_pages, store_pages
+from idlm_jax.decoding.cache import attend_window, cached_attention, init_cache, init_pools
 from idlm_jax.decoding.forward import forward, forward_by
 from pallas_kernels.decode_attention.packing import Packing
 from pallas_kernels.decode_layer import product, reference
+from tests.decoding.helpers import copied_to_pages
 from tests.decoding.support import tiny_config
 from tests.support import relative_error
 
@@ -146,17 +147,22 @@ def test_over_pages_it_is_the_same_as_over_a_dense_cache(by: str, monkeypatch: p
     table = jnp.asarray(1 + generator.permutation(20)[: count * slots // page].reshape(count, -1), jnp.int32)
     # What is nobody's may be anything.
     nobodys = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), init_cache(config, 21, page, model.dtype))
-    pages = store_pages(nobodys, dense, jnp.arange(count), table)
-    wanted = jax.jit(forward)(model, *window(config), dense)
+    pages = copied_to_pages(nobodys, dense, table)
+    wanted_hidden, wanted_dense = jax.jit(forward)(model, *window(config), dense)
     if by == "model":
         hidden, pages = jax.jit(forward)(model, *window(config), pages, pages_BN=table)
     else:
         kernel = PackedAttention(monkeypatch) if by == "packed" else None
         hidden, pages = forward_by(reference, model, *window(config), pages, None, "xla", table)
         assert kernel is None or {paged for *_, paged in kernel.asked} == {True}
-    assert_same((hidden, load_pages(dense, pages, jnp.arange(count), table)), wanted)
+    taken = table.ravel()
+    wanted_pages, pages_taken = (
+        [array[taken] for array in jax.tree.leaves(cache)]
+        for cache in (copied_to_pages(nobodys, wanted_dense, table), pages)
+    )
+    assert_same((hidden, pages_taken), (wanted_hidden, wanted_pages))
     for array in jax.tree.leaves(pages):
-        assert np.isnan(np.delete(array, table.ravel(), axis=0)).all()
+        assert np.isnan(np.delete(array, taken, axis=0)).all()
 
 
 def test_in_bfloat16_it_is_no_farther_from_float32_than_the_model() -> None:

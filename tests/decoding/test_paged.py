@@ -10,13 +10,22 @@ import numpy as np
 import pytest
 
 from idlm_jax.decoding import paged
-from idlm_jax.decoding.cache import BIN, init_cache, load_pages, store_pages
-from idlm_jax.decoding.generate import Emission, SamplingParams, advance, emissions, prefill, start
-from idlm_jax.decoding.paged import give_pages, idle_paged_state
+from idlm_jax.decoding.cache import BIN, Cache
+from idlm_jax.decoding.generate import Emission, SamplingParams, advance, emissions, start
+from idlm_jax.decoding.paged import give_pages, idle_paged_state, prefill_pages
 from idlm_jax.decoding.step import DecodeState, Policy, running
 from idlm_jax.decoding.window import window_rows
 from idlm_jax.serving.pages import Pages
-from tests.decoding.helpers import AR, LONGEST, MOST, drafting_adapter, drafting_model, make_policy, texts
+from tests.decoding.helpers import (
+    AR,
+    LONGEST,
+    MOST,
+    copied_to_pages,
+    drafting_adapter,
+    drafting_model,
+    make_policy,
+    texts,
+)
 from tests.decoding.helpers import random_prompts as prompts_of
 
 BATCH, PAGE = 8, 8
@@ -70,7 +79,7 @@ def in_pages(policy: Policy, dense: DecodeState, pages: Pages, width: int) -> De
     )
     stored_BS = jnp.arange(dense.cache[0][0].shape[2]) < length[:, None]
     keys = jax.tree.map(lambda array: jnp.where(stored_BS[:, None, :, None], array, jnp.nan), dense.cache)
-    state = replace(state, cache=store_pages(state.cache, keys, jnp.arange(BATCH), table))
+    state = replace(state, cache=copied_to_pages(state.cache, keys, table))
     return give_pages(state, jnp.arange(BATCH), table)
 
 
@@ -83,7 +92,7 @@ def decode_in_pages(model, prompts, sampling, policy: Policy, pages: Pages) -> t
     rows, rng = window_rows(policy.layout, policy.stride), np.random.default_rng(6)
     most = pages.pages_for(LONGEST + MOST + rows)
     for i, prompt in enumerate(prompts):
-        assert pages.begin(i, prompt[:-1], pages.pages_for(len(prompt) + i % 3 * rows), "base") == 0
+        assert pages.begin(i, prompt[:-1], pages.pages_for(len(prompt) + i % 3 * rows)) == 0
     state = in_pages(policy, start(model, prompts, sampling, policy), pages, most)
     ended, late = set(), 0
     while len(ended) < len(prompts):
@@ -132,13 +141,13 @@ def test_a_round_writes_to_the_window_of_requests_that_run_and_to_the_bin_alone(
     for i, prompt in enumerate(prompts):
         # Two that wait have room for all but one row.
         slots = len(prompt) - 1 + rows if i not in waits else (len(prompt) - 2 + rows) // PAGE * PAGE
-        pages.begin(i, prompt[:-1], pages.pages_for(slots), "base")
+        pages.begin(i, prompt[:-1], pages.pages_for(slots))
     most = pages.pages_for(LONGEST + MOST + rows)
     dense = start(model, prompts, sampling_of_all_kinds(BATCH), policy)
     state = in_pages(policy, dense, pages, most)
     state = replace(state, done=state.done.at[jnp.array(sorted(ended))].set(True))
     assert set(waiting(state, policy)) == waits
-    before, length = of_cache(state), np.asarray(dense.length)
+    before, length = of_cache(state), np.asarray(state.length)
     after = of_cache(advance(model, state, 1, policy))
     written = np.any(before.view(np.int32) != after.view(np.int32), axis=(0, 2, 4))
     expected = np.zeros_like(written)
@@ -161,41 +170,24 @@ def test_a_prefix_that_pages_hold_need_not_be_prefilled_again() -> None:
     most = pages.pages_for(LONGEST + MOST + 16)
     state = without_pages(dense, policy, pages, most)
 
-    empty = jax.tree.map(lambda array: jnp.full_like(array, 100.0), init_cache(model.config, BATCH, 64, model.dtype))
-    reused = [pages.begin(0, prompts[0][:-1], most, "base")]
-    stored = store_pages(state.cache, dense.cache, jnp.arange(BATCH), table_of(pages, [0], most))
-    pages.publish(0, prompts[0][:-1], "base")
-    reused += [pages.begin(i, prompts[i][:-1], most, "base") for i in range(1, BATCH)]
+    def stored(cache: Cache, begun: np.ndarray, requests: range) -> Cache:
+        """What the prompts of some requests hold from a slot on; the others' tables are empty."""
+        left = np.zeros((BATCH, LONGEST), np.int32)
+        for i in requests:
+            left[i, : len(prompts[i]) - 1 - begun[i]] = prompts[i][begun[i] : -1]
+        own = np.where(np.isin(np.arange(BATCH), requests)[:, None], table_of(pages, range(len(begun)), most), BIN)
+        tables = np.pad(own, ((0, 0), (0, 1)), constant_values=BIN)
+        return prefill_pages(model, cache, left, np.resize(begun, BATCH), tables, None, "auto")
+
+    reused = [pages.begin(0, prompts[0][:-1], most)]
+    # The bin is NaN still, and padding is written there.
+    cache = stored(state.cache, np.array([0], np.int32), range(1))
+    pages.publish(0, prompts[0][:-1])
+    reused += [pages.begin(i, prompts[i][:-1], most) for i in range(1, BATCH)]
     assert reused == [0, *[2] * (BATCH - 2), 0]
-    table = table_of(pages, range(BATCH), most)
-    begun = PAGE * np.array(reused, np.int32)
-    left = np.zeros((BATCH, LONGEST), np.int32)
-    for row, prompt, first in zip(left, prompts, begun, strict=True):
-        row[: len(prompt) - 1 - first] = prompt[first:-1]
-    loaded = load_pages(empty, stored, jnp.arange(BATCH), table[:, :2])
-    keys = prefill(model, loaded, left, policy, begun)
-    # Only what is new goes to pages.
-    new = np.where(np.arange(most) < np.array(reused)[:, None], BIN, table)
-    state = replace(state, cache=store_pages(stored, keys, jnp.arange(BATCH), new))
-    state = give_pages(state, jnp.arange(BATCH), table)
+    cache = stored(cache, PAGE * np.array(reused, np.int32), range(1, BATCH))
+    state = give_pages(replace(state, cache=cache), jnp.arange(BATCH), table_of(pages, range(BATCH), most))
     shared = of_cache(state)[:, list(pages.of(0)[:2])]
     state = advance(model, state, MOST, policy)
     assert texts(emissions(state, BATCH)) == expected
     np.testing.assert_array_equal(of_cache(state)[:, list(pages.of(0)[:2])], shared)
-
-
-def test_dense_rows_come_back_from_pages_and_what_nobody_asks_for_goes_to_the_bin() -> None:
-    config, generator = drafting_model().config, np.random.default_rng(11)
-    # Slots that are no whole number of pages.
-    dense = jax.tree.map(
-        lambda array: jnp.asarray(generator.normal(size=array.shape), array.dtype),
-        init_cache(config, 3, 21, jnp.float32),
-    )
-    table = np.array([[4, 2, 7], [5, BIN, 1]], np.int32)
-    pages = store_pages(init_cache(config, 9, PAGE, jnp.float32), dense, np.array([2, 0]), table)
-    wide = load_pages(init_cache(config, 2, 32, jnp.float32), pages, np.array([1, 0]), table)
-    for old, paged_array, back in zip(*map(jax.tree.leaves, (dense, pages, wide)), strict=True):
-        np.testing.assert_array_equal(back[1, :, :21], old[2])
-        for slots in (slice(8), slice(16, 21)):
-            np.testing.assert_array_equal(back[0, :, slots], old[0][:, slots])
-        assert not np.any(back[:, :, 24:]) and not np.any(paged_array[jnp.array([3, 6, 8])])

@@ -13,8 +13,8 @@ import numpy as np
 from fastapi import FastAPI
 
 from idlm_jax import LanguageModel, UserError, load
+from idlm_jax.decoding.admission import Answer, Request
 from idlm_jax.decoding.generate import Emission
-from idlm_jax.decoding.refill import Answer, Request
 from idlm_jax.serving.api import Limits, Settings, create_app
 from idlm_jax.serving.engine import Engine
 from idlm_jax.serving.metrics import Metrics
@@ -50,6 +50,10 @@ class ScriptedEngine:
     @property
     def waiting(self) -> int:
         return len(self._here) - self.running
+
+    @property
+    def cache_used(self) -> float:
+        return self.running / self.places
 
     def warm_up(self, say: Callable[[str], None]) -> None:
         say("warm")

@@ -4,21 +4,18 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
-import jax
 import numpy as np
-import pytest
 
 from idlm_jax import SamplingParams
 from idlm_jax.decoding.config import DecodeConfig
-from idlm_jax.decoding.refill import Request
-from idlm_jax.serving.engine import SlotEngine
+from idlm_jax.serving.engine import PagedEngine
 from tests.serving.support import client, get, serving, tiny
 
 COUNT, MOST, STRIDE = 100, 24, 3
 
 
-def slot_engine() -> SlotEngine:
-    return SlotEngine(tiny().model, DecodeConfig(stride=STRIDE).policy(), places=8, capacity=128)
+def paged_engine() -> PagedEngine:
+    return PagedEngine(tiny().model, [DecodeConfig(stride=STRIDE).policy()], places=8, capacity=128)
 
 
 def mixed_requests() -> list[dict[str, Any]]:
@@ -68,7 +65,7 @@ def test_a_hundred_requests_at_once_have_the_texts_of_generate() -> None:
                 *(http.post(f"/v1/{'' if 'prompt' in body else 'chat/'}completions", json=body) for body in requests)
             )
 
-    with serving(slot_engine, STRIDE, most_waiting=200) as (_, app):
+    with serving(paged_engine, STRIDE, most_waiting=200) as (_, app):
         responses = asyncio.run(ask_all(app))
         assert 'kv_cache_usage_perc{model_name="tiny"} 0.0' in get(app, "/metrics").text
     for response, texts in zip(responses, expected(requests), strict=True):
@@ -78,17 +75,3 @@ def test_a_hundred_requests_at_once_have_the_texts_of_generate() -> None:
     usages = [response.json()["usage"]["idlm"] for response in responses]
     # Decoded by drafts, some of them right.
     assert sum(usage["tokens_per_forward"] for usage in usages) > 1.2 * len(usages)
-
-
-def test_warming_up_leaves_nothing_to_compile(caplog: pytest.LogCaptureFixture) -> None:
-    """Prompts of every length up to the capacity run through programs that are there already."""
-    engine = slot_engine()
-    lines: list[str] = []
-    engine.warm_up(lines.append)
-    assert len(lines) == 2 and lines[-1].endswith("prompts of up to 127 tokens")
-    with jax.log_compiles():
-        for length in (1, 2, 64, 65, 66, 127):
-            engine.submit([Request(length, [1] * length, SamplingParams(max_tokens=1))])
-        while engine.running or engine.waiting:
-            engine.step()
-    assert not [record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()]

@@ -1,0 +1,224 @@
+"""The engine gives every request the text it has alone, whatever is shared, preempted, cancelled, or done by turns."""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from idlm_jax.backbone.qwen3 import Qwen3
+from idlm_jax.decoding import paged
+from idlm_jax.decoding.admission import Answer, Request
+from idlm_jax.decoding.generate import SamplingParams
+from idlm_jax.decoding.step import Policy
+from idlm_jax.errors import UserError
+from idlm_jax.serving import engine as engine_module
+from idlm_jax.serving import scheduler
+from idlm_jax.serving.engine import PagedEngine
+from idlm_jax.serving.stride import candidates
+from tests.decoding.helpers import (
+    AR,
+    LONGEST,
+    MOST,
+    alone,
+    drafting_adapter,
+    drafting_model,
+    make_policy,
+    random_prompts,
+    requests_of_all_kinds,
+)
+
+CAPACITY = LONGEST + MOST
+BRANCH = make_policy(4)
+PAGES = 20
+POLICIES = [BRANCH, make_policy(3, "standard", "ratio", gated=False)]
+
+
+@pytest.fixture(autouse=True)
+def small_pages_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of several pages, prompts of several chunks, chunks of several prompts."""
+    for module in (paged, engine_module):
+        monkeypatch.setattr(module, "PAGE", 8)
+    monkeypatch.setattr(engine_module, "_FEWEST_PAGES", 2)
+    for module, name, value in (
+        (scheduler, "SHORTEST_CHUNK", 4),
+        (scheduler, "PREFILL_TOKENS", 16),
+        (engine_module, "PREFILL_TOKENS", 16),
+        (scheduler, "PREFILL_BUDGET", 32),
+    ):
+        monkeypatch.setattr(module, name, value)
+
+
+def engine_of(policies: Sequence[Policy], pages: int | None = None, model: Qwen3 | None = None) -> PagedEngine:
+    return PagedEngine(model or drafting_model(drafting_adapter()), policies, places=4, capacity=CAPACITY, pages=pages)
+
+
+def serve(engine: PagedEngine, requests: Sequence[Request], seed: int = 1) -> Iterator[Answer]:
+    """All requests, a few more before each step, in random order."""
+    rng = np.random.default_rng(seed)
+    coming = [requests[i] for i in rng.permutation(len(requests))]
+    while coming or engine.running or engine.waiting:
+        count = rng.integers(0, 5)
+        engine.submit(coming[:count])
+        del coming[:count]
+        yield from engine.step()
+        engine._scheduler.pages.check()
+
+
+def preemptions(engine: PagedEngine) -> list[int]:
+    """Filled, from now on, with the requests that are put back into the line."""
+    waiting, preempted = engine._scheduler._waiting, []
+
+    class Line(type(waiting)):
+        def appendleft(self, job) -> None:
+            preempted.append(job.request.id)
+            super().appendleft(job)
+
+    engine._scheduler._waiting = Line(waiting)
+    return preempted
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"N{p.stride}-{p.layout.name}-{p.coupling.name}")
+def test_texts_are_those_of_lone_requests(policy: Policy) -> None:
+    expected, engine = alone(policy), engine_of([policy])
+    finished = [answer for answer in serve(engine, requests_of_all_kinds()) if answer.emission.done]
+    assert sorted(answer.request.id for answer in finished) == list(range(len(expected)))
+    for answer in finished:
+        assert answer.emission.tokens.tolist() == expected[answer.request.id][0]
+        assert answer.emission.history.tolist() == expected[answer.request.id][1]
+    assert engine.cache_used == 0
+
+
+@pytest.mark.parametrize("policies", [[BRANCH], [BRANCH, make_policy(4, "standard"), AR]], ids=["fixed", "adaptive"])
+def test_texts_stay_the_same_where_pages_are_short_and_requests_are_preempted(policies: list[Policy]) -> None:
+    # Four that have just come find room, but not all that they will need.
+    expected, engine = alone(BRANCH), engine_of(policies, pages=PAGES)
+    cost = np.random.default_rng(3)
+    if len(policies) > 1:
+        # Whatever a call decodes by.
+        engine._strides.choose = lambda requests: policies[cost.integers(len(policies))]
+    preempted, texts = preemptions(engine), {}
+    engine.submit(requests_of_all_kinds())
+    for answer in serve(engine, []):
+        known = texts.setdefault(answer.request.id, [])
+        tokens = answer.emission.tokens.tolist()
+        assert tokens[: len(known)] == known
+        texts[answer.request.id] = tokens
+    assert texts == {id: tokens for id, (tokens, _) in enumerate(expected)}
+    assert len(preempted) > 1
+    assert engine._scheduler.pages.available == PAGES - 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cancelling_frees_places_and_pages_and_changes_no_neighbours_text(seed: int) -> None:
+    """Requests are cancelled while they wait, are prefilled, run, have been preempted, or have just ended."""
+    rng = np.random.default_rng(seed)
+    requests, expected, engine = requests_of_all_kinds(), alone(BRANCH), engine_of([BRANCH], pages=PAGES)
+    cancelled, ended = set(), set()
+    waiting = list(requests)
+    while waiting or engine.running or engine.waiting:
+        count = rng.integers(0, 5)
+        engine.submit(waiting[:count])
+        del waiting[:count]
+        here = [request.id for request in requests[: len(requests) - len(waiting)]]
+        gone = set(rng.choice(here, rng.integers(0, 3)).tolist()) if here else set()
+        engine.cancel(gone)
+        cancelled |= gone - ended
+        assert engine.running + engine.waiting == len(here) - len(ended | cancelled)
+        for answer in engine.step():
+            assert answer.request.id not in cancelled
+            if answer.emission.done:
+                assert answer.emission.tokens.tolist() == expected[answer.request.id][0]
+                ended.add(answer.request.id)
+        engine._scheduler.pages.check()
+    assert ended | cancelled == set(range(len(requests))) and not ended & cancelled
+    assert engine.cache_used == 0
+
+
+def prefilled(engine: PagedEngine) -> list[int]:
+    """Filled, from now on, with the number of prompt tokens of each prefill call."""
+    counts, prefill = [], engine._prefill
+
+    def count(size: int, chunks) -> None:
+        counts.append(sum(len(chunk.tokens) for chunk in chunks))
+        prefill(size, chunks)
+
+    engine._prefill = count
+    return counts
+
+
+def test_a_shared_beginning_is_computed_once_and_changes_no_text() -> None:
+    common, own = random_prompts(2, seed=9)[1][:17], random_prompts(8, seed=10)
+    prompts = [[*common, *prompt][:LONGEST] for prompt in own]
+    requests = [Request(i, p, SamplingParams(1.0, seed=i, max_tokens=20)) for i, p in enumerate(prompts)]
+    lone = {}
+    for request in requests:
+        lone |= {a.request.id: a.emission.tokens.tolist() for a in serve(engine_of([BRANCH]), [request])}
+    engine = engine_of([BRANCH])
+    counts = prefilled(engine)
+    texts = {a.request.id: a.emission.tokens.tolist() for a in serve(engine, requests[:1])}
+    assert sum(counts) == len(prompts[0]) - 1
+    counts.clear()
+    texts |= {a.request.id: a.emission.tokens.tolist() for a in serve(engine, requests[1:])}
+    # Two pages of 8 tokens each are there.
+    assert sum(counts) == sum(len(prompt) - 1 - 16 for prompt in prompts[1:])
+    assert texts == lone
+
+
+def test_a_long_prompt_does_not_stop_those_that_are_being_decoded() -> None:
+    engine = engine_of([AR])
+    engine.submit([Request(0, [1], SamplingParams(max_tokens=40))])
+    engine.step()
+    counts = prefilled(engine)
+    # Of 19 tokens that are stored, at most 32 of all together come before a call of rounds.
+    engine.submit([Request(i, [i] * LONGEST, SamplingParams(max_tokens=1)) for i in range(1, 4)])
+    lengths = [len(a.emission.tokens) for _ in range(3) for a in engine.step() if a.request.id == 0]
+    assert lengths == [4, 8, 12]
+    assert sum(counts) == 3 * (LONGEST - 1) and max(counts) <= 16 and len(counts) > 3
+
+
+def test_warming_up_leaves_nothing_to_compile(caplog: pytest.LogCaptureFixture) -> None:
+    engine, lines = engine_of(candidates(make_policy(2))), []
+    engine.warm_up(lines.append)
+    assert lines[0].startswith("compiling prefill, 1 of ") and lines[-1].startswith("ready after")
+    assert any("AR: " in line for line in lines) and any("N = 2 standard: " in line for line in lines)
+    with jax.log_compiles():
+        texts = {a.request.id: a.emission.tokens.tolist() for a in serve(engine, requests_of_all_kinds())}
+    assert not [record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()]
+    assert texts == {id: tokens for id, (tokens, _) in enumerate(alone(BRANCH))}
+
+
+def test_a_request_that_asks_for_more_than_there_is_is_refused_before_it_waits() -> None:
+    engine = engine_of([AR], pages=4)
+    with pytest.raises(UserError, match=r"prompt \(20 tokens\) \+ max_tokens \(41\) exceeds the 60 tokens"):
+        engine.submit([Request(0, [1] * 20, SamplingParams(max_tokens=41))])
+    with pytest.raises(
+        UserError, match=r"prompt \(20 tokens\) \+ max_tokens \(30\) need 7 pages of the cache, which has 3"
+    ):
+        engine.submit([Request(0, [1] * 20, SamplingParams(max_tokens=30))])
+    assert not engine.running and not engine.waiting
+    engine.submit([Request(i, [1] * 5, SamplingParams(max_tokens=9)) for i in range(9)])
+    assert {a.request.id for a in serve(engine, [])} == set(range(9))
+
+
+def test_drafts_of_a_smaller_stride_are_not_verified_by_a_larger_one() -> None:
+    """After a call of stride 2, a call of stride 4 begins cold; after one of stride 4, stride 2 goes on."""
+    two, four = make_policy(2), make_policy(4)
+    engine = engine_of([AR, four, two])
+    order = iter([four, two, four, two])
+    engine._strides.choose = lambda requests: next(order)
+    engine.submit([Request(0, [1, 2], SamplingParams(max_tokens=MOST))])
+    emissions = [answer.emission.history.tolist() for _ in range(4) for answer in engine.step()]
+    history = emissions[-1]
+    assert history[0] == -1 and min(history[1:8]) >= 0 and history[8] == -1
+    assert max(history[4:8]) <= 1
+
+
+def test_pages_are_as_many_as_the_device_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, policy = drafting_model(), make_policy(4)
+    page = sum(array.nbytes for array in jax.tree.leaves(paged.idle_paged_state(model, policy, 1, 1, 1, 1, 1).cache))
+    device = type("Device", (), {"memory_stats": lambda self: {"bytes_limit": 30 * page, "bytes_in_use": 10 * page}})
+    monkeypatch.setattr(engine_module.jax, "local_devices", lambda: [device()])
+    assert engine_of([policy], model=model)._state.cache[0][0].shape[0] == 17
+    assert jnp.float32 == model.dtype
