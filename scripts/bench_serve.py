@@ -7,7 +7,9 @@ Run on an accelerator, by hand::
 
 The server is that of ``idlm serve``, in this process; the clients are ``idlm bench serve``, in a process of their own.
 One engine after the other: AR, then ISD. Without ``--model`` weights are random, in the shape of ``--config``, with a
-word-level tokenizer of the same vocabulary, and prompts are random tokens.
+word-level tokenizer of the same vocabulary, and prompts are random tokens. ``--trace 1 64`` also looks at the device
+under so many clients: the time without a kernel, which is what the host does not hide, and how much of it is in gaps
+longer than those between the kernels of one program.
 
 Random weights accept no draft. ``--simulated-acceptance P`` replaces, in this process alone, how many drafts are
 accepted by a draw from the request's seed: each with chance P if those before it were, none in a cold round. Forward
@@ -17,8 +19,10 @@ its prompts are chats, those of IFEval unless ``--prompts`` names others.
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -32,6 +36,7 @@ import jax.numpy as jnp
 import tyro
 import uvicorn
 from bench_decode_step import make_model
+from device_idle import HOST_GAP, idle_shares, read_trace
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -53,6 +58,8 @@ _CHATS = Path(ifeval.__file__).with_name("ifeval_prompts.jsonl")
 # For the noise of simulated acceptance; no other draw has this number.
 _PURPOSE_SIMULATED = 1 + max(PURPOSE_ACCEPT, PURPOSE_DRAFT, PURPOSE_TOKEN)
 _SECONDS = 3600.0
+# When and how long the device is traced, from the moment when all clients are served.
+_TRACE_AFTER, _TRACE_SECONDS = 0.5, 1.0
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,8 @@ class Options:
     stride: int = 4
     layout: Literal["branch", "standard"] = "standard"
     concurrency: tuple[int, ...] = (1, 8, 32, 64, 128)
+    # Of these, trace the device, too: the share of a second in which it waits for the host.
+    trace: tuple[int, ...] = ()
     # Of every level; two a client, and at least 8, if not given.
     requests: int | None = None
     # Of random prompts.
@@ -148,8 +157,10 @@ def simulate_acceptance(rate: float) -> None:
 
 
 @contextmanager
-def serving(model: LanguageModel, policies: tuple[Policy, ...], name: str, options: Options) -> Iterator[str]:
-    """A server of the model on a free port of this machine, once it is ready; its address."""
+def serving(
+    model: LanguageModel, policies: tuple[Policy, ...], name: str, options: Options
+) -> Iterator[tuple[str, Service]]:
+    """A server of the model on a free port of this machine, once it is ready: its address, and what runs behind it."""
     service = Service(
         model,
         policies[-1].stride,
@@ -169,14 +180,14 @@ def serving(model: LanguageModel, policies: tuple[Policy, ...], name: str, optio
             time.sleep(0.05)
         if service.state != "ready":
             raise UserError(f"{name}: the engine is {service.state}; the log above says why")
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", service
     finally:
         server.should_exit = True
         thread.join()
 
 
-def measure(url: str, name: str, vocabulary: int, options: Options) -> Iterator[dict[str, Any]]:
-    """What ``idlm bench serve`` says of every level, in a process of its own."""
+def clients(url: str, vocabulary: int, levels: tuple[int, ...], options: Options) -> "subprocess.Popen[str]":
+    """``idlm bench serve`` in a process of its own."""
     asked = ["--output-tokens", options.output_tokens, "--temperature", options.temperature, "--seed", options.seed]
     if options.model is None:
         asked += ["--prompt-tokens", options.prompt_tokens, "--token-ids", 0, vocabulary]
@@ -184,16 +195,44 @@ def measure(url: str, name: str, vocabulary: int, options: Options) -> Iterator[
         asked += ["--prompts", options.prompts]
     if options.requests is not None:
         asked += ["--requests", options.requests]
-    asked += ["--json", "--concurrency", *options.concurrency]
+    asked += ["--json", "--concurrency", *levels]
     command = [sys.executable, "-m", "idlm_jax.cli.main", "bench", "serve", "--url", url, *map(str, asked)]
     # The accelerator is the server's.
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def measure(url: str, name: str, vocabulary: int, options: Options) -> Iterator[dict[str, Any]]:
+    """What the clients say of every level."""
+    with clients(url, vocabulary, options.concurrency, options) as process:
         assert process.stdout is not None
         for line in process.stdout:
             yield {"way": name, "simulated_acceptance": options.simulated_acceptance, **json.loads(line)}
     if process.returncode:
         raise UserError(f"{name}: the clients ended with exit code {process.returncode}")
+
+
+def idle(url: str, service: Service, vocabulary: int, level: int, options: Options) -> tuple[float, float] | None:
+    """Shares of a second under full load in which the device waits (``idle_shares``); None where it has no trace.
+
+    The profiler slows the host down a little, so this load is one more, and not among those that are measured.
+    """
+    with clients(url, vocabulary, (level,), options) as process, tempfile.TemporaryDirectory() as folder:
+        while process.poll() is None and _running(service) < level:
+            time.sleep(0.01)
+        # Until the prompts are in.
+        time.sleep(_TRACE_AFTER)
+        with jax.profiler.trace(folder, create_perfetto_trace=True):
+            time.sleep(_TRACE_SECONDS)
+            full = _running(service) == level
+        process.communicate()
+        return idle_shares(read_trace(Path(folder))) if full else None
+
+
+def _running(service: Service) -> float:
+    found = re.search(rb"vllm:num_requests_running{.*?} (\S+)", service.metrics.render())
+    assert found is not None
+    return float(found[1])
 
 
 def table(levels: list[dict[str, Any]], options: Options, title: str) -> Grid:
@@ -203,7 +242,7 @@ def table(levels: list[dict[str, Any]], options: Options, title: str) -> Grid:
     rows = []
     for level in sorted(levels, key=lambda level: level["concurrency"]):
         steady, first, each = level["steady_tokens_per_second"], level["TTFT"], level["TPOT"]
-        failed = sum(level["errors"].values())
+        failed, waits = sum(level["errors"].values()), level.get("idle")
         rows.append(
             (
                 str(level["concurrency"]),
@@ -215,10 +254,13 @@ def table(levels: list[dict[str, Any]], options: Options, title: str) -> Grid:
                 f"{level['tokens_per_forward']:.2f}",
                 f"{1e3 * first['p50']:,.0f} / {1e3 * first['p99']:,.0f}",
                 f"{1e3 * each['p50']:.2f} / {1e3 * each['p99']:.2f}",
+                "-" if waits is None else f"{waits[0]:.1%} ({waits[1]:.1%})",
                 options.what,
             )
         )
-    return Grid(title, (*header, "TPOT p50 / p99, ms", "drafts"), tuple(rows))
+    return Grid(
+        title, (*header, "TPOT p50 / p99, ms", f"device idle (in gaps ≥ {HOST_GAP:g} µs)", "drafts"), tuple(rows)
+    )
 
 
 def main(options: Options) -> None:
@@ -230,15 +272,29 @@ def main(options: Options) -> None:
         if not 0 <= rate <= 1:
             raise UserError(f"--simulated-acceptance must be in 0 … 1, not {rate}")
         simulate_acceptance(rate)
+    if missing := set(options.trace) - set(options.concurrency):
+        raise UserError(f"--trace {min(missing)} is none of the numbers of clients")
     model = make_language_model(options)
     isd = DecodeConfig(stride=options.stride, layout=options.layout)
     ways = {"AR": (DecodeConfig(stride=1).policy(),), f"ISD N={isd.stride} {isd.layout}": (isd.policy(),)}
-    levels = []
+    levels: list[dict[str, Any]] = []
+    text = ""
     for name, policies in ways.items():
-        with serving(model, policies, name, options) as url:
+        with serving(model, policies, name, options) as (url, service):
             for level in measure(url, name, model.config.vocab_size, options):
                 levels.append(level)
                 print(f"{options.what}: {json.dumps(level)}", file=sys.stderr, flush=True)
+            # Before the profiler, which can fail, and again after it.
+            text = report(levels, model, options)
+            for level in levels[-len(options.concurrency) :]:
+                if level["concurrency"] in options.trace:
+                    level["idle"] = idle(url, service, model.config.vocab_size, level["concurrency"], options)
+        text = report(levels, model, options)
+    print(text)
+
+
+def report(levels: list[dict[str, Any]], model: LanguageModel, options: Options) -> str:
+    """What has been measured so far, as text, and in files if asked."""
     device = jax.devices()[0].device_kind
     shape = options.config.stem if options.model is None else Path(options.model).name
     prompts = f"{options.prompt_tokens} random tokens" if options.model is None else f"chats of {options.prompts.name}"
@@ -250,7 +306,7 @@ def main(options: Options) -> None:
     if options.output is not None:
         everything = {"title": title, "command": sys.argv, "levels": levels}
         write_files(options.output, {"serve.json": json.dumps(everything, indent=2) + "\n", "serve.md": text})
-    print(text)
+    return text
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """``scripts/bench_serve.py`` with a tiny model: its server and its clients in processes of their own."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -26,6 +27,25 @@ TINY = {
 }
 
 
+def test_idle_time_is_what_no_stream_of_the_device_fills(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    idle_shares = importlib.import_module("device_idle").idle_shares
+
+    def name(kind: str, name: str, pid: int, tid: int = 0) -> dict[str, Any]:
+        return {"ph": "M", "name": f"{kind}_name", "pid": pid, "tid": tid, "args": {"name": name}}
+
+    def ran(pid: int, tid: int, begin: float, end: float) -> dict[str, Any]:
+        return {"ph": "X", "name": "kernel", "pid": pid, "tid": tid, "ts": begin, "dur": end - begin}
+
+    host = [name("process", "/host:CPU", 9), name("thread", "Stream", 9, 1), ran(9, 1, 0, 5000)]
+    device = [name("process", "/device:GPU:0", 1), name("thread", "Stream #13(Compute)", 1, 2)]
+    others = [name("thread", "Stream #14(Copy)", 1, 3), name("thread", "XLA Modules", 1, 4), ran(1, 4, 0, 2000)]
+    # Busy: 100 … 500 (two streams, one inside the other), 510 … 700, 800 … 1100: idle 10 and 100 of 1000 µs.
+    kernels = [ran(1, 2, 510, 700), ran(1, 2, 100, 500), ran(1, 3, 200, 300), ran(1, 2, 800, 1100)]
+    assert idle_shares([*host, *device, *others, *kernels]) == pytest.approx((0.11, 0.1))
+    assert idle_shares(host) is None
+
+
 def bench(*more: object) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, ROOT / "scripts" / "bench_serve.py", *more]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -37,7 +57,7 @@ def test_acceptance_is_simulated_as_asked_and_every_line_says_so(tmp_path: Path)
     config = tmp_path / "tiny.json"
     config.write_text(json.dumps(load_yaml(ROOT / "configs" / "models" / "qwen3-8b.yaml") | TINY))
     sizes = ("--prompt-tokens", 8, "--output-tokens", 400, "--concurrency", 1, 4, "--dtype", "float32")
-    done = bench("--config", config, *sizes, "--simulated-acceptance", 0.8, "--output", tmp_path / "out")
+    done = bench("--config", config, *sizes, "--simulated-acceptance", 0.8, "--trace", 4, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     stored: Any = json.loads((tmp_path / "out" / "serve.json").read_text())
     by_way = {(level["way"], level["concurrency"]): level for level in stored["levels"]}
