@@ -5,10 +5,11 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from rich.markup import escape
 from tyro.conf import arg
 
 from idlm_jax.cli.progress import Progress
-from idlm_jax.cli.render import Notice, make_console, show_grids
+from idlm_jax.cli.render import Notice, make_console, printable, show_grids
 from idlm_jax.errors import UserError
 from idlm_jax.serving.client import Client
 
@@ -105,7 +106,7 @@ def bench_serve(
         write_report(title, levels, output)
     if not json:
         console = make_console()
-        console.print(f"[bold]{title}[/]", soft_wrap=True)
+        console.print(f"[bold]{escape(printable(title))}[/]", soft_wrap=True)
         console.print("\n".join(remarks(levels)), soft_wrap=True)
         show_grids(console, grids(levels))
 
@@ -124,7 +125,7 @@ def _measure(
     levels = []
     for most in clients:
         count = requests or max(2 * (most or 0), _FEWEST_REQUESTS)
-        label = f"{rate:g} requests/s" if rate is not None else f"{most} clients"
+        label = f"{rate:g} requests/s" if rate is not None else f"concurrency {most}"
         with Progress(label, count, "requests") as progress:
             levels.append(measure(client, workload, count, most, rate, lambda: progress(1)))
         if json:

@@ -152,7 +152,7 @@ class Level:
                 return None
             begin = firsts[full - 1]
         else:
-            begin = min(record.ended for record in self.records)
+            begin = min(record.ended for record in self.answered)
         last_sent = max(record.sent for record in self.records)
         end = min(record.ended for record in self.records if record.ended > last_sent)
         return (begin, end) if begin < end else None

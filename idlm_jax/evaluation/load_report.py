@@ -96,12 +96,13 @@ def draw(title: str, levels: Sequence[Level]) -> "Figure":
     right.plot(total, alone, "o-", color=BLUE)
     for at, x, y in zip(clients, total, alone, strict=True):
         right.annotate(f"{at:.3g}", (x, y), (4, 4), textcoords="offset points", color=GREY)
-    right.set(xscale="log", yscale="log", xlabel="tokens/s in total", ylabel="tokens/s of a request")
+    right.set(xscale="log", xlabel="tokens/s in total", ylabel="tokens/s of a request")
     for axis in (left, right):
         axis.margins(x=0.15, y=0.15)
         plain_ticks(axis.xaxis, (1, 2, 5))
-        plain_ticks(axis.yaxis, (1, 2, 5))
         tidy(axis)
+    plain_ticks(left.yaxis, (1, 2, 5))
+    right.set_ylim(0, None)
     figure.suptitle(title, fontsize=11)
     return figure
 
