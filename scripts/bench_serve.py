@@ -172,6 +172,7 @@ def serving(
     app = create_app(service, Settings((name,), limits=Limits(answer_seconds=_SECONDS)))
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", access_log=False)
     listener = config.bind_socket()
+    listener.listen(config.backlog)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

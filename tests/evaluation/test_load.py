@@ -44,10 +44,10 @@ def test_times_and_counts_are_the_servers(script: Script, chunked: bool) -> None
     for one in level.answered:
         assert (one.prompt_tokens, one.tokens, one.sizes) == (5, 6, [2, 2, 2])
         # Never sooner than the script says; a busy machine may be later.
-        assert 0.19 < one.time_to_first < 0.35 and 0.39 < one.latency < 0.7
-        assert one.time_per_token is not None and 0.2 / 5 - 0.002 < one.time_per_token < 0.06
+        assert 0.19 < one.time_to_first < 0.6 and 0.39 < one.latency < 1.2
+        assert one.time_per_token is not None and 0.19 / 5 < one.time_per_token < 0.6 / 5
     # Two rounds of two clients.
-    assert 0.78 < level.seconds < 1.4
+    assert 0.78 < level.seconds < 2.4
     assert level.tokens_per_second == pytest.approx(24 / level.seconds)
     assert (level.tokens_per_forward, level.acceptance) == (2.0, (0.5, 0.25))
     assert 0 < level.client_load < 1
@@ -58,14 +58,14 @@ def test_each_client_asks_again_when_it_has_its_answer(script: Script) -> None:
     level = load(script, 9, 3)
     sent = sorted(one.sent for one in level.records)
     ended = sorted(one.ended for one in level.records)
-    assert sent[2] < 0.05
+    assert sent[2] < ended[0]
     assert all(begin >= end for begin, end in zip(sent[3:], ended, strict=False))
     assert script.most_open == 3 and len(level.answered) == 9
 
 
 def test_a_burst_comes_at_once(script: Script) -> None:
     script.first = 0.3
-    assert load(script, 20, 20).seconds < 1 and script.most_open == 20
+    assert load(script, 20, 20).seconds < 3 and script.most_open == 20
 
 
 def test_arrivals_are_poisson_and_the_same_for_a_seed(script: Script) -> None:
@@ -76,7 +76,8 @@ def test_arrivals_are_poisson_and_the_same_for_a_seed(script: Script) -> None:
     assert np.mean(gaps > 1 / 20) == pytest.approx(math.exp(-1), abs=0.03)
     level = load(script, 10, None, rate=40.0)
     sent = [one.sent for one in level.records]
-    assert sent == pytest.approx(arrivals(10, 40.0, WORK.seed), abs=0.08)
+    assert sent == pytest.approx(arrivals(10, 40.0, WORK.seed), abs=0.15)
+    assert all(is_ >= due - 1e-3 for is_, due in zip(sent, arrivals(10, 40.0, WORK.seed), strict=True))
     # At most so many at once, even where more have arrived.
     script.first, script.most_open = 0.1, 0
     load(script, 6, 2, rate=1000.0)
