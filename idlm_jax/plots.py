@@ -1,12 +1,14 @@
 """How our pictures look: one palette, light grids, no boxes; drawn without a display and returned as PNG."""
 
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from idlm_jax.errors import require_installed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Told apart by colour-blind readers too (Okabe and Ito).
@@ -34,6 +36,15 @@ def tidy(axis: "Axes", grid: Literal["both", "x", "y"] = "both") -> None:
     axis.grid(alpha=0.25, axis=grid)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def plain_ticks(axis: "Axis", at: Sequence[float]) -> None:
+    """Numbers instead of powers of ten on a logarithmic axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=at))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def shade(number: int, count: int) -> tuple[float, float, float, float]:

@@ -5,12 +5,10 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from tyro.conf import Positional, arg
 
 from idlm_jax.cli.flags import Model
-from idlm_jax.cli.render import Notice, make_console
+from idlm_jax.cli.render import Notice, make_console, show_grids
 from idlm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -147,12 +145,7 @@ def _show(analysis: "Analysis") -> None:
     console = make_console()
     console.print(f"[bold]{analysis.title}[/]", soft_wrap=True)
     console.print(explanation(analysis), soft_wrap=True)
-    for grid in grids(analysis):
-        console.print(f"\n{grid.title}", soft_wrap=True)
-        table = Table(*grid.header, box=SIMPLE_HEAD, pad_edge=False)
-        for row in grid.rows:
-            table.add_row(*row)
-        console.print(table)
+    show_grids(console, grids(analysis))
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -63,7 +63,7 @@ def chat(
             raise UserError("with --url the server says how to load and decode; leave those flags out")
         client = Client(url, api_key)
         _talk(
-            RemoteSession(client, _model_name(client, model), sampling_flags, system=system),
+            RemoteSession(client, client.model(model), sampling_flags, system=system),
             make_console(),
             show_drafts,
         )
@@ -185,15 +185,6 @@ class RemoteSession(Conversation):
             _remark(console, f"{usage['completion_tokens']} tokens in {forwards}")
         elif reason == "length":
             _remark(console, _cut(self.sampling.max_tokens))
-
-
-def _model_name(client: Client, name: str | None) -> str:
-    names = client.models()
-    if name is None:
-        return names[0]
-    if name not in names:
-        raise UserError(f"{client.url} has no model '{name}' (there is {', '.join(names)}){did_you_mean(name, names)}")
-    return name
 
 
 def _cut(max_tokens: int) -> str:

@@ -36,6 +36,7 @@ GROUPS = {
     },
     "bench": {
         "analyse": "tokens/s by stride, layout and batch, from acceptance and step times",
+        "serve": "load on a running server: tokens/s and times by the number of clients",
     },
 }
 

@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from idlm_jax.decoding.generate import DecodeStats
     from idlm_jax.decoding.text import Piece
     from idlm_jax.evaluation.equivalence import Comparison
+    from idlm_jax.evaluation.reports import Grid
     from idlm_jax.model import Generation, LanguageModel
 
 # What takes longer than this says so.
@@ -48,6 +49,16 @@ def make_console() -> Console:
     if not console.is_terminal:
         console.width = 140
     return console
+
+
+def show_grids(console: Console, grids: Iterable["Grid"]) -> None:
+    """Tables of a report, each below its title."""
+    for grid in grids:
+        console.print(f"\n{grid.title}", soft_wrap=True)
+        table = Table(*grid.header, box=SIMPLE_HEAD, pad_edge=False)
+        for row in grid.rows:
+            table.add_row(*row)
+        console.print(table)
 
 
 def printable(text: str) -> str:

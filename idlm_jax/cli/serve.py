@@ -129,7 +129,9 @@ def _listen(app: "FastAPI", host: str, port: int, timeout: float) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
         listener = config.bind_socket()
-    except SystemExit:
+        # uvicorn does so only once it runs, but whoever reads the line below may come at once.
+        listener.listen(config.backlog)
+    except (SystemExit, OSError):
         raise UserError(f"cannot listen on {host}:{port}") from None
     print(f"listening on http://{host}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
     uvicorn.Server(config).run(sockets=[listener])

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from idlm_jax.evaluation.efficiency import AR, Analysis, Point, Way
 from idlm_jax.evaluation.step_cost import Shape
-from idlm_jax.plots import BLUE, DARK, GREY, ORANGE, new_figure, shade, tidy
+from idlm_jax.plots import BLUE, DARK, GREY, ORANGE, new_figure, plain_ticks, shade, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,8 +24,8 @@ def draw_throughput(analysis: Analysis) -> "Figure":
             _draw_way(axis, analysis.of_way(way), color, "AR" if way == AR else f"N = {way.stride}")
         axis.set(xscale="log", yscale="log", title=f"{layout} layout", xlabel="tokens/s of a request")
         axis.margins(x=0.15)
-        _plain_ticks(axis.xaxis, (1, 1.5, 2, 3, 5, 7))
-        _plain_ticks(axis.yaxis, (1, 2, 5))
+        plain_ticks(axis.xaxis, (1, 1.5, 2, 3, 5, 7))
+        plain_ticks(axis.yaxis, (1, 2, 5))
         tidy(axis)
     axes[0].set(ylabel="tokens/s in total")
     handles, _ = axes[0].get_legend_handles_labels()
@@ -117,12 +117,3 @@ def _handle(label: str, marker: str = "", linestyle: Literal["", "-", ":"] = "",
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=DARK, marker=marker, linestyle=linestyle, markerfacecolor=fill, label=label)
-
-
-def _plain_ticks(axis: Any, at: Sequence[float]) -> None:
-    """Numbers instead of powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    axis.set_major_locator(LogLocator(subs=at))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axis.set_minor_locator(NullLocator())

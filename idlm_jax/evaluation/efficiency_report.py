@@ -1,15 +1,13 @@
 """An efficiency analysis as tables, Markdown and JSON; numbers from a predicted step carry a mark."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from idlm_jax.checkpoint.atomic import write_file
-from idlm_jax.errors import UserError
 from idlm_jax.evaluation.efficiency import AR, Analysis
 from idlm_jax.evaluation.efficiency_plots import draw_steps, draw_throughput
+from idlm_jax.evaluation.reports import Grid, markdown, write_files
 from idlm_jax.plots import require_matplotlib, to_png
 
 MARK = "≈"
@@ -20,30 +18,16 @@ _PICTURES = """\
 ![measured and predicted steps, tokens a forward](steps.png)"""
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A table whose cells are text."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
 def write_report(analysis: Analysis, output: Path) -> None:
     """Write FILES into a directory, which is made if need be; raises UserError."""
     require_matplotlib()
-    contents: Sequence[str | bytes] = (
-        f"# {analysis.title}\n\n{explanation(analysis)}\n\n{_PICTURES}\n\n{markdown(analysis)}",
+    contents = (
+        f"# {analysis.title}\n\n{explanation(analysis)}\n\n{_PICTURES}\n\n{markdown(grids(analysis))}",
         json.dumps(as_dict(analysis), indent=2) + "\n",
         to_png(draw_throughput(analysis)),
         to_png(draw_steps(analysis)),
     )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for name, content in zip(FILES, contents, strict=True):
-            write_file(output / name, content)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}") from None
+    write_files(output, dict(zip(FILES, contents, strict=True)))
 
 
 def explanation(analysis: Analysis) -> str:
@@ -66,15 +50,6 @@ def grids(analysis: Analysis) -> list[Grid]:
     """Ways to decode; their steps; the best by batch; measured steps beside predicted ones, if there are any."""
     found = [_ways(analysis), _steps(analysis), _best(analysis)]
     return [*found, _checks(analysis)] if analysis.checks else found
-
-
-def markdown(analysis: Analysis) -> str:
-    """The tables."""
-    parts = []
-    for grid in grids(analysis):
-        lines = [grid.header, ("---",) * len(grid.header), *grid.rows]
-        parts.append(f"{grid.title}:\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n")
-    return "\n".join(parts)
 
 
 def as_dict(analysis: Analysis) -> dict[str, Any]:

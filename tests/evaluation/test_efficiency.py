@@ -13,7 +13,8 @@ from idlm_jax.config import ModelConfig, load_yaml
 from idlm_jax.errors import UserError
 from idlm_jax.evaluation.acceptance import Acceptance, AcceptanceReport
 from idlm_jax.evaluation.efficiency import AR, Analysis, Way, analyse, by_depth, read_acceptance
-from idlm_jax.evaluation.efficiency_report import as_dict, explanation, grids, markdown
+from idlm_jax.evaluation.efficiency_report import as_dict, explanation, grids
+from idlm_jax.evaluation.reports import markdown
 from idlm_jax.evaluation.step_cost import Device, Shape, StepCosts
 
 CONFIG = ModelConfig.from_hf(load_yaml(Path(__file__).parents[2] / "configs" / "models" / "qwen3-8b.yaml"))
@@ -130,7 +131,7 @@ def test_what_rests_on_a_prediction_is_marked() -> None:
 
 def test_markdown_has_every_table_in_full() -> None:
     found = analysis((0.8, 0.7), {Shape(1, 3, 1024): 0.012}, (1, 4))
-    lines = markdown(found).splitlines()
+    lines = markdown(grids(found)).splitlines()
     for grid in grids(found):
         assert f"{grid.title}:" in lines
         assert all(f"| {' | '.join(cells)} |" in lines for cells in (grid.header, *grid.rows))

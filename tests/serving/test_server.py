@@ -114,6 +114,23 @@ def test_completions_choices_stop_strings_and_seeds(client: openai.OpenAI) -> No
     assert (stopped.finish_reason, stopped.message.content) == ("stop", expected(20, 3, stop=(stop,)))
 
 
+def test_load_is_measured_with_prompts_of_token_ids(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["bench", "serve", "--url", server.url, "--prompt-tokens", 8, "--output-tokens", 20, "--json"]
+    keyed = [*given, "--api-key", KEY]
+    sizes = ("--concurrency", 1, PLACES + 1, "--requests", PLACES + 2, "--token-ids", 5, 280)
+    code, out, _ = run_cli(capsys, *keyed, *sizes)
+    levels = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [level["concurrency"] for level in levels] == [1, PLACES + 1]
+    for level in levels:
+        assert level["errors"] == {} and level["requests"] == PLACES + 2
+        assert (level["prompt_tokens"], level["output_tokens"]) == (8 * (PLACES + 2), 20 * (PLACES + 2))
+        assert level["tokens_per_forward"] >= 1 and len(level["acceptance"]) == 2
+    assert "wrong or missing API key" in refused(capsys, *given)
+    outside = refused(capsys, *keyed, "--token-ids", 280, 281)
+    assert "prompt token outside the vocabulary of 280" in outside
+    assert "room for 128 tokens" in refused(capsys, *keyed, "--prompt-tokens", 120)
+
+
 def test_the_official_client_knows_our_errors(client: openai.OpenAI) -> None:
     create = client.chat.completions.create
     with pytest.raises(openai.NotFoundError, match="no model 'gpt'"):
