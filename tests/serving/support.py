@@ -35,7 +35,7 @@ class ScriptedEngine:
     """Says the same text for every request, a token a step; ``hold`` stops it, ``fail`` makes the next step raise."""
 
     def __init__(self, text: str = "hello 12 and hello", places: int = 2, capacity: int = 128):
-        self.places, self.capacity = places, capacity
+        self.places, self.capacity, self.most_logprobs = places, capacity, 0
         self._tokens = tiny().tokenizer(text).input_ids
         self._here: dict[int, tuple[Request, int]] = {}
         self.cancelled: list[int] = []
