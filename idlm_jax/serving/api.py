@@ -290,7 +290,7 @@ class _Answer:
             async for updates in self.updates():
                 # An event a text: clients look at the first choice of each alone.
                 for number, update in updates.items():
-                    logprobs = self._described(update.logprobs)
+                    logprobs = self._described(update.logprobs) if update.logprobs else None
                     yield self._event(self.form.piece(number, update.text, update.finish_reason, logprobs))
         except (UnavailableError, TimeoutError) as error:
             self.outcome = "failed"

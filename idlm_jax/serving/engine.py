@@ -155,10 +155,10 @@ class PagedEngine:
     def check(self, request: Request) -> None:
         """Raise UserError for a request that cannot run, even alone."""
         check_admission(self._model, request, self._widest, self.capacity)
-        if request.logprobs is not None and not 0 <= request.logprobs <= self.most_logprobs:
-            raise UserError(f"logprobs must be in 0 … {self.most_logprobs}, not {request.logprobs}")
         if request.logprobs is not None and not self.most_logprobs:
             raise UserError("this engine keeps no log-probabilities")
+        if request.logprobs is not None and not 0 <= request.logprobs <= self.most_logprobs:
+            raise UserError(f"logprobs must be in 0 … {self.most_logprobs}, not {request.logprobs}")
         pages = self._scheduler.pages
         needed = pages.pages_for(self._scheduler.slots(request))
         if needed > pages.most:
