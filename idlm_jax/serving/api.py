@@ -28,6 +28,10 @@ from idlm_jax.serving.service import BusyError, Call, Service, TokenLogProb, Una
 logger = logging.getLogger(__name__)
 
 
+# Twelve texts of 1,000 tokens with 20 likely ones in each place: 30 MB of JSON, and several times that to make it.
+MOST_LOGPROBS_AN_ANSWER = 2**18
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a client may use up."""
@@ -158,13 +162,13 @@ class Completions:
         def likely(entry: TokenLogProb) -> dict[str, float]:
             # The token itself is there also where it is not among the most likely.
             by_name: dict[str, float] = {}
-            for token, value in [(entry.token, entry.value), *entry.top]:
+            for token, value in entry.pairs():
                 by_name.setdefault(_key(names[token]), value)
             return by_name
 
         return {
-            "tokens": [_key(names[entry.token]) for entry in tokens],
-            "token_logprobs": [entry.value for entry in tokens],
+            "tokens": [_key(names[entry.ids[0]]) for entry in tokens],
+            "token_logprobs": [float(entry.values[0]) for entry in tokens],
             "top_logprobs": [likely(entry) for entry in tokens],
             "text_offset": [entry.offset for entry in tokens],
         }
@@ -197,11 +201,8 @@ class ChatCompletions:
             name = names[token]
             return {"token": name.decode("utf-8", "replace"), "logprob": value, "bytes": list(name)}
 
-        content = [
-            {**described(entry.token, entry.value), "top_logprobs": [described(*one) for one in entry.top]}
-            for entry in tokens
-        ]
-        return {"content": content, "refusal": None}
+        content = [[described(*pair) for pair in entry.pairs()] for entry in tokens]
+        return {"content": [{**own, "top_logprobs": top} for own, *top in content], "refusal": None}
 
 
 def _key(name: bytes) -> str:
@@ -242,7 +243,8 @@ class _Answer:
                 updates = await self.call.news()
             for number, update in updates.items():
                 self.texts[number] = self.texts.get(number, "") + update.text
-                self.logprobs[number] = self.logprobs.get(number, ()) + update.logprobs
+                if not self.body.stream:
+                    self.logprobs[number] = self.logprobs.get(number, ()) + update.logprobs
                 if update.finish_reason is not None and update.stats is not None:
                     self.reasons[number] = update.finish_reason
                     self.stats.append(update.stats)
@@ -373,7 +375,8 @@ async def _answer(
         raise
     finally:
         answer.close()
-    return JSONResponse(answer.whole(), headers={"x-request-id": answer.id})
+    # Log-probabilities make large answers, and the event loop has others to look after.
+    return await asyncio.to_thread(lambda: JSONResponse(answer.whole(), headers={"x-request-id": answer.id}))
 
 
 async def _submit(body: CompletionBody | ChatBody, service: Service) -> Call:
@@ -399,6 +402,15 @@ async def _submit(body: CompletionBody | ChatBody, service: Service) -> Call:
                 "context_length_exceeded",
             )
         asked += [(tokens, params) for params in sampling]
+    if logprobs is not None and not body.stream:
+        numbers = (1 + logprobs) * sum(params.max_tokens for _, params in asked)
+        if numbers > MOST_LOGPROBS_AN_ANSWER:
+            raise RequestError(
+                400,
+                f"max_tokens of all texts ask for up to {numbers} log-probabilities; an answer that is no stream has "
+                f"{MOST_LOGPROBS_AN_ANSWER} at most",
+                "logprobs",
+            )
     return service.submit(asked, logprobs)
 
 

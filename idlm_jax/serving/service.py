@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from idlm_jax.decoding.admission import Request
 from idlm_jax.decoding.generate import DecodeStats, Emission, SamplingParams, end_tokens, stats_from_history
@@ -43,13 +44,17 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class TokenLogProb:
-    """A token's log-probability, and the most likely tokens in its place with theirs."""
+    """A token and the most likely ones in its place, with their log-probabilities."""
 
-    token: int
-    value: float
-    top: list[tuple[int, float]]
+    # As arrays, a tenth of what objects would take: many may wait for their reader.
+    ids: Int[np.ndarray, " K+1"]
+    values: Float[np.ndarray, " K+1"]
     # Where in the text its own begins.
     offset: int
+
+    def pairs(self) -> list[tuple[int, float]]:
+        """Tokens and values: its own, then the most likely, the best first."""
+        return list(zip(self.ids.tolist(), self.values.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -314,12 +319,8 @@ class Service:
             return ()
         new = slice(text.told, text.builder.shown)
         text.told = new.stop
-        ids, offsets = emission.logprobs.ids[new].tolist(), text.builder.offsets[new]
-        values = np.fmax(emission.logprobs.values[new], LOWEST_LOGPROB).tolist()
-        return tuple(
-            TokenLogProb(own[0], value[0], list(zip(own[1:], value[1:], strict=True)), offset)
-            for own, value, offset in zip(ids, values, offsets, strict=True)
-        )
+        ids, values = emission.logprobs.ids[new], np.fmax(emission.logprobs.values[new], LOWEST_LOGPROB)
+        return tuple(map(TokenLogProb, ids, values, text.builder.offsets[new]))
 
     def _fail(self, why: str) -> None:
         with self._changed:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from idlm_jax.decoding.logprobs import LogProbs
+from idlm_jax.serving import api
 from idlm_jax.serving.api import Limits
 from idlm_jax.serving.log import JsonLines
 from tests.serving.support import ScriptedEngine, client, get, post, serving, tiny
@@ -186,6 +187,17 @@ def test_a_server_that_keeps_no_log_probabilities_says_so() -> None:
             response = post(app, path, body)
             assert response.status_code == 400 and "--max-logprobs 0" in response.json()["error"]["message"]
         assert post(app, "/v1/chat/completions", {**CHAT, "logprobs": False}).status_code == 200
+
+
+def test_an_answer_of_very_many_log_probabilities_is_refused_but_for_a_stream(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "MOST_LOGPROBS_AN_ANSWER", 2 * 50 * 3)
+    body = {**COMPLETION, "n": 2, "logprobs": 3}
+    assert post(app, "/v1/completions", {**body, "logprobs": 2}).status_code == 200
+    response = post(app, "/v1/completions", body)
+    assert response.status_code == 400 and "up to 400 log-probabilities" in response.json()["error"]["message"]
+    assert events(post(app, "/v1/completions", {**body, "stream": True}).text)
 
 
 def test_several_prompts_and_choices_are_numbered_as_openai_does(app: FastAPI) -> None:
