@@ -33,6 +33,7 @@ def serve(
         float | None, arg(metavar="GB", help_behavior_hint="(default: all places at full length, if there is room)")
     ] = None,
     adaptive: bool = True,
+    max_logprobs: Annotated[int, arg(metavar="COUNT")] = 20,
     max_waiting: Annotated[int, arg(metavar="COUNT")] = 256,
     timeout: Annotated[float, arg(metavar="SECONDS")] = 600.0,
     log_prompts: bool = False,
@@ -62,13 +63,15 @@ def serve(
         cache_gb: Memory for keys and values, in GB; texts share it, and where it is short they wait for each other.
         adaptive: Decode by the stride up to --stride, and the layout, that are fastest at the present load; AR is one
             of them. Otherwise always by --stride and --layout. The text is the same.
+        max_logprobs: Likely tokens that a request can ask for in each place, with their log-probabilities; 0 refuses
+            log-probabilities altogether.
         max_waiting: Texts that may wait for a place; beyond them requests get status 429.
         timeout: Longest time for an answer; after SIGTERM, too.
         log_prompts: Write prompts and answers into the log.
     """
     _require_packages()
     decode = decode_flags.config()
-    _check(places, max_length, cache_gb, max_waiting, timeout, port)
+    _check(places, max_length, cache_gb, max_logprobs, max_waiting, timeout, port)
     loaded = model_flags.load(model)
     check_adapter(loaded, decode_flags)
     check_can_draft(model, loaded, decode)
@@ -89,7 +92,7 @@ def serve(
     service = Service(
         loaded,
         decode.stride,
-        lambda: PagedEngine(loaded.model, policies, places, capacity, pages),
+        lambda: PagedEngine(loaded.model, policies, places, capacity, pages, max_logprobs),
         max_waiting,
         Metrics(names[0]),
         say=lambda line: print(line, file=sys.stderr, flush=True),
@@ -139,12 +142,19 @@ def _listen(app: "FastAPI", host: str, port: int, timeout: float) -> int:
 
 
 def _check(
-    places: int, max_length: int | None, cache_gb: float | None, max_waiting: int, timeout: float, port: int
+    places: int,
+    max_length: int | None,
+    cache_gb: float | None,
+    max_logprobs: int,
+    max_waiting: int,
+    timeout: float,
+    port: int,
 ) -> None:
     for flag, value, least in (
         ("--places", places, 1),
         ("--max-length", max_length, 2),
         ("--cache-gb", cache_gb, 0),
+        ("--max-logprobs", max_logprobs, 0),
         ("--max-waiting", max_waiting, 0),
         ("--timeout", timeout, 1),
         ("--port", port, 0),

@@ -27,6 +27,9 @@ class Request:
     id: int
     prompt: Sequence[int]
     sampling: SamplingParams
+    # How many of the most likely tokens to report in the place of each, besides its own log-probability; None for no
+    # log-probabilities at all. For engines that serve.
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)

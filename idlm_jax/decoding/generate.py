@@ -16,6 +16,7 @@ from jaxtyping import Int
 
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.decoding.cache import Cache, bucket, init_pools
+from idlm_jax.decoding.logprobs import LogProbs
 from idlm_jax.decoding.sampling import Drafts, Filters
 from idlm_jax.decoding.step import DecodeState, Policy, decode_rounds, prefill_chunk
 from idlm_jax.decoding.window import window_rows
@@ -127,6 +128,8 @@ class Emission:
     tokens: np.ndarray
     history: np.ndarray
     done: bool
+    # Of every token, where the request asked for them.
+    logprobs: LogProbs | None = None
 
 
 def check_request(model: Qwen3, prompt: Sequence[int], sampling: SamplingParams, policy: Policy) -> None:

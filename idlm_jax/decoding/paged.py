@@ -17,6 +17,7 @@ from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.decoding import admission
 from idlm_jax.decoding.cache import BIN, PAGE, Cache, init_cache
 from idlm_jax.decoding.generate import idle_state
+from idlm_jax.decoding.logprobs import LogProbs, empty_record
 from idlm_jax.decoding.sampling import Drafts
 from idlm_jax.decoding.step import DecodeState, Policy, decode_rounds, prefill_chunk
 
@@ -33,6 +34,8 @@ class Report:
     history: Int[Array, "b R"]
     rounds: Int[Array, " b"]
     done: Bool[Array, " b"]
+    # Of those tokens, where a request asked; None where none can.
+    logprobs: LogProbs | None
 
 
 def idle_paged_state(
@@ -83,19 +86,23 @@ def prefill_pages(
     return prefill_chunk(model, cache, tokens_FC, start_F, adapter_from, kernels, pages_FN)
 
 
-@partial(jax.jit, static_argnames=("rounds", "policy"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("rounds", "policy", "most_logprobs"), donate_argnames=("state",))
 def run_requests(
     model: Qwen3,
     state: DecodeState,
     request_b: Int[Array, " b"],
     trust_b: Bool[Array, " b"],
+    wanted_b: Bool[Array, " b"],
     rounds: int,
     policy: Policy,
+    most_logprobs: int,
 ) -> tuple[DecodeState, Report]:
     """Up to ``rounds`` rounds of some requests; numbers beyond the batch are nobody. ``state`` is donated.
 
     ``policy`` may have any stride up to the one that the state has been made for. A request's drafts are verified only
-    where ``trust`` says that there are enough of them: that its last round was not of a smaller stride.
+    where ``trust`` says that there are enough of them: that its last round was not of a smaller stride. The report has
+    log-probabilities, and the ``most_logprobs`` likely tokens of each place, of those that ``wanted`` them; 0 leaves
+    them out of the program.
     """
     batch, most = state.drafts.tokens.shape
     part = jax.tree.map(lambda array: array.at[request_b].get(mode="clip"), replace(state, cache=()))
@@ -105,10 +112,11 @@ def run_requests(
         done=part.done | (request_b >= batch),
         warm=part.warm & trust_b,
         drafts=jax.tree.map(lambda drafts: drafts[:, : policy.stride - 1], part.drafts),
+        logprobs=empty_record(wanted_b, part.emitted, rounds * policy.stride, most_logprobs) if most_logprobs else None,
     )
     after = decode_rounds(model, before, rounds, policy)
     missing = most - (policy.stride - 1)
-    whole = replace(after, cache=(), drafts=_padded(after.drafts, missing))
+    whole = replace(after, cache=(), drafts=_padded(after.drafts, missing), logprobs=None)
     state = replace(
         jax.tree.map(lambda old, new: old.at[request_b].set(new, mode="drop"), replace(state, cache=()), whole),
         cache=after.cache,
@@ -131,4 +139,5 @@ def _report(before: DecodeState, after: DecodeState, rounds: int, stride: int) -
         history=window(after.history, before.rounds, rounds),
         rounds=after.rounds - before.rounds,
         done=after.done,
+        logprobs=None if after.logprobs is None else after.logprobs.notes,
     )

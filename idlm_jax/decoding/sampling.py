@@ -12,6 +12,7 @@ from pallas_kernels.verify.reference import (
     RatioCoupling,
     filtered_log_probs,
     gumbel_argmax,
+    without_token,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "RatioCoupling",
     "filtered_log_probs",
     "gumbel_argmax",
+    "without_token",
 ]

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Int
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.decoding.cache import BIN, Cache
 from idlm_jax.decoding.forward import forward
+from idlm_jax.decoding.logprobs import Record, note
 from idlm_jax.decoding.sampling import Coupling, Drafts, Filters
 from idlm_jax.decoding.window import Layout, build_window, window_rows
 from pallas_kernels.verify.api import draft, verify
@@ -65,6 +66,8 @@ class DecodeState:
     eos: Int[Array, "B E"]
     # Of a paged cache: the pages of every request in order of its slots, ``BIN`` after them.
     pages: Int[Array, "B N"] | None = None
+    # Log-probabilities of the tokens that this call emits; None where nobody can ask for them.
+    logprobs: Record | None = None
 
 
 def decode_round(model: Qwen3, state: DecodeState, policy: Policy) -> DecodeState:
@@ -125,7 +128,13 @@ def decode_round(model: Qwen3, state: DecodeState, policy: Policy) -> DecodeStat
         drafts=drafts,
         warm=policy.layout.next_warm(state.warm, accepted, stride),
     )
-    return _emit(state, after, accepted, token, active)
+    after = _emit(state, after, accepted, token, active)
+    if state.logprobs is None:
+        return after
+    # Clean row i decides the i-th token of the round, an accepted draft or the token after them.
+    tokens = jnp.take_along_axis(after.tokens, positions, axis=1)
+    record = note(state.logprobs, logits, tokens, state.emitted, active, mask_token_id)
+    return replace(after, logprobs=record)
 
 
 def running(state: DecodeState, policy: Policy) -> Bool[Array, " B"]:

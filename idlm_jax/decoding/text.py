@@ -1,11 +1,14 @@
 """From committed tokens to text: incremental detokenisation, stop strings, and which characters were drafted."""
 
-from collections.abc import Sequence
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from tokenizers.decoders import DecodeStream
+from tokenizers.pre_tokenizers import ByteLevel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,10 +35,20 @@ class TextBuilder:
         self._stop, self._end_ids = tuple(stop), frozenset(end_ids)
         self._drafted: list[bool] = []  # one flag a character of ``text``
         self._released = 0
+        self._cut = False  # by a stop string
         self.text = ""
         self.token_ids: list[int] = []
+        # For every token, where in ``text`` its own begins; tokens that make a character together begin at one place.
+        self.offsets: list[int] = []
         # "stop" once an end token or a stop string came, else None.
         self.finish_reason: str | None = None
+
+    @property
+    def shown(self) -> int:
+        """How many tokens have appeared in the text that was returned; at the end all that no stop string cut off."""
+        if self.finish_reason and not self._cut:
+            return len(self.token_ids)
+        return bisect_left(self.offsets, self._released)
 
     def feed(self, tokens: Sequence[int], drafted: Sequence[bool]) -> list[Piece]:
         """Add committed tokens; returns the text that is now certain. Tokens after the end are ignored."""
@@ -43,6 +56,7 @@ class TextBuilder:
             if self.finish_reason:
                 break
             self.token_ids.append(int(token))
+            self.offsets.append(len(self.text))
             if token in self._end_ids:
                 self.finish_reason = "stop"
                 self._flush(self.token_ids[:-1])
@@ -70,7 +84,7 @@ class TextBuilder:
         found = [at for stop in self._stop if (at := self.text.find(stop, searched_from)) >= 0]
         if found:
             self.text = self.text[: min(found)]
-            self.finish_reason = "stop"
+            self.finish_reason, self._cut = "stop", True
 
     def _held_back(self) -> int:
         """Length of the longest end of the text that begins a stop string."""
@@ -84,3 +98,34 @@ class TextBuilder:
         begin, self._released = self._released, max(end, self._released)
         runs = groupby(range(begin, self._released), key=lambda i: self._drafted[i])
         return [Piece("".join(self.text[i] for i in run), drafted) for drafted, run in runs]
+
+
+def token_bytes(tokenizer: "PreTrainedTokenizerFast", count: int) -> list[bytes]:
+    """What each of the first ``count`` tokens stands for, also where it is only a part of a character.
+
+    Special tokens stand for their names; numbers that the tokenizer does not know, for nothing.
+    """
+    backend = tokenizer.backend_tokenizer
+    byte_level = backend.decoder is not None and b'"ByteLevel"' in backend.decoder.__getstate__()
+    to_bytes = _from_byte_level() if byte_level else _from_plain
+    added = backend.get_added_tokens_decoder()
+    names = map(backend.id_to_token, range(count))
+    return [
+        b"" if name is None else name.encode() if number in added else to_bytes(name)
+        for number, name in enumerate(names)
+    ]
+
+
+def _from_byte_level() -> Callable[[str], bytes]:
+    """Vocabularies whose characters stand for bytes: printable Latin-1 for itself, 256 and on for the others."""
+    alphabet = sorted(ByteLevel.alphabet())
+    byte = {character: ord(character) for character in alphabet if ord(character) < 256}
+    others = sorted(set(range(256)) - set(byte.values()))
+    byte |= dict(zip(alphabet[len(byte) :], others, strict=True))
+    return lambda name: bytes(byte[character] for character in name)
+
+
+def _from_plain(name: str) -> bytes:
+    """Vocabularies of text, with a sign for the space and names for single bytes."""
+    single = re.fullmatch(r"<0x([0-9A-F]{2})>", name)
+    return bytes.fromhex(single[1]) if single else name.replace("▁", " ").encode()

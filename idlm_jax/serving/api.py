@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,9 +23,13 @@ from idlm_jax.decoding.generate import DecodeStats, total_stats
 from idlm_jax.errors import UserError, did_you_mean
 from idlm_jax.serving.log import log
 from idlm_jax.serving.schemas import ChatBody, CompletionBody, RequestError, parse
-from idlm_jax.serving.service import BusyError, Call, Service, UnavailableError, Update
+from idlm_jax.serving.service import BusyError, Call, Service, TokenLogProb, UnavailableError, Update
 
 logger = logging.getLogger(__name__)
+
+
+# Twelve texts of 1,000 tokens with 20 likely ones in each place: 30 MB of JSON, and several times that to make it.
+MOST_LOGPROBS_AN_ANSWER = 2**18
 
 
 @dataclass(frozen=True)
@@ -140,17 +144,34 @@ class Completions:
 
     prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
-    def choice(self, index: int, text: str, reason: str) -> dict[str, Any]:
+    def choice(self, index: int, text: str, reason: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         """A whole text."""
-        return self.piece(index, text, reason)
+        return self.piece(index, text, reason, logprobs)
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """What a stream begins with."""
         return None
 
-    def piece(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
+    def piece(self, index: int, text: str, reason: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         """New text of a stream."""
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def logprobs(self, tokens: Sequence[TokenLogProb], names: Sequence[bytes]) -> dict[str, Any]:
+        """Log-probabilities of tokens; ``names`` are what all tokens stand for."""
+
+        def likely(entry: TokenLogProb) -> dict[str, float]:
+            # The token itself is there also where it is not among the most likely.
+            by_name: dict[str, float] = {}
+            for token, value in entry.pairs():
+                by_name.setdefault(_key(names[token]), value)
+            return by_name
+
+        return {
+            "tokens": [_key(names[entry.ids[0]]) for entry in tokens],
+            "token_logprobs": [float(entry.values[0]) for entry in tokens],
+            "top_logprobs": [likely(entry) for entry in tokens],
+            "text_offset": [entry.offset for entry in tokens],
+        }
 
 
 class ChatCompletions:
@@ -158,20 +179,38 @@ class ChatCompletions:
 
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, index: int, text: str, reason: str) -> dict[str, Any]:
+    def choice(self, index: int, text: str, reason: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         """A whole text."""
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """What a stream begins with."""
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def piece(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
+    def piece(self, index: int, text: str, reason: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         """New text of a stream."""
         delta = {"content": text} if text else {}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def logprobs(self, tokens: Sequence[TokenLogProb], names: Sequence[bytes]) -> dict[str, Any]:
+        """Log-probabilities of tokens; ``names`` are what all tokens stand for."""
+
+        def described(token: int, value: float) -> dict[str, Any]:
+            name = names[token]
+            return {"token": name.decode("utf-8", "replace"), "logprob": value, "bytes": list(name)}
+
+        content = [[described(*pair) for pair in entry.pairs()] for entry in tokens]
+        return {"content": [{**own, "top_logprobs": top} for own, *top in content], "refusal": None}
+
+
+def _key(name: bytes) -> str:
+    """A token of a completion's log-probabilities; parts of characters keep apart by their bytes, as OpenAI has it."""
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in name)
 
 
 @dataclass
@@ -187,6 +226,7 @@ class _Answer:
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     texts: dict[int, str] = field(default_factory=dict)
+    logprobs: dict[int, tuple[TokenLogProb, ...]] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
     stats: list[DecodeStats] = field(default_factory=list)
     outcome: str = "disconnected"
@@ -203,6 +243,8 @@ class _Answer:
                 updates = await self.call.news()
             for number, update in updates.items():
                 self.texts[number] = self.texts.get(number, "") + update.text
+                if not self.body.stream:
+                    self.logprobs[number] = self.logprobs.get(number, ()) + update.logprobs
                 if update.finish_reason is not None and update.stats is not None:
                     self.reasons[number] = update.finish_reason
                     self.stats.append(update.stats)
@@ -228,8 +270,15 @@ class _Answer:
 
     def whole(self) -> dict[str, Any]:
         """The answer of a request that is no stream."""
-        choices = [self.form.choice(i, self.texts[i], self.reasons[i]) for i in range(len(self.call.requests))]
+        choices = [
+            self.form.choice(i, self.texts[i], self.reasons[i], self._described(self.logprobs[i]))
+            for i in range(len(self.call.requests))
+        ]
         return {**self._head(self.form.kind), "choices": choices, "usage": self.usage()}
+
+    def _described(self, tokens: tuple[TokenLogProb, ...]) -> dict[str, Any] | None:
+        asked = self.call.requests[0].logprobs is not None
+        return self.form.logprobs(tokens, self.service.token_bytes) if asked else None
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.body.model}
@@ -243,7 +292,8 @@ class _Answer:
             async for updates in self.updates():
                 # An event a text: clients look at the first choice of each alone.
                 for number, update in updates.items():
-                    yield self._event(self.form.piece(number, update.text, update.finish_reason))
+                    logprobs = self._described(update.logprobs) if update.logprobs else None
+                    yield self._event(self.form.piece(number, update.text, update.finish_reason, logprobs))
         except (UnavailableError, TimeoutError) as error:
             self.outcome = "failed"
             yield _event(_as_request_error(error).body())
@@ -325,7 +375,8 @@ async def _answer(
         raise
     finally:
         answer.close()
-    return JSONResponse(answer.whole(), headers={"x-request-id": answer.id})
+    # Log-probabilities make large answers, and the event loop has others to look after.
+    return await asyncio.to_thread(lambda: JSONResponse(answer.whole(), headers={"x-request-id": answer.id}))
 
 
 async def _submit(body: CompletionBody | ChatBody, service: Service) -> Call:
@@ -334,6 +385,7 @@ async def _submit(body: CompletionBody | ChatBody, service: Service) -> Call:
         raise RequestError(400, "there is no prompt", "prompt")
     if len(prompts) * body.choices > service.most_texts:
         raise RequestError(400, f"{len(prompts) * body.choices} texts; the server decodes {service.most_texts} at most")
+    logprobs = body.wanted_logprobs(service.most_logprobs)
     seed = secrets.randbits(32) if body.seed is None else body.seed
     what = "messages" if isinstance(body, ChatBody) else "prompt"
     asked = []
@@ -350,7 +402,16 @@ async def _submit(body: CompletionBody | ChatBody, service: Service) -> Call:
                 "context_length_exceeded",
             )
         asked += [(tokens, params) for params in sampling]
-    return service.submit(asked)
+    if logprobs is not None and not body.stream:
+        numbers = (1 + logprobs) * sum(params.max_tokens for _, params in asked)
+        if numbers > MOST_LOGPROBS_AN_ANSWER:
+            raise RequestError(
+                400,
+                f"max_tokens of all texts ask for up to {numbers} log-probabilities; an answer that is no stream has "
+                f"{MOST_LOGPROBS_AN_ANSWER} at most",
+                "logprobs",
+            )
+    return service.submit(asked, logprobs)
 
 
 async def _read(request: Request, limits: Limits) -> bytes:

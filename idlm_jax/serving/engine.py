@@ -17,8 +17,9 @@ from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.decoding.admission import MOST_END_TOKENS, Answer, Request, admission, check_admission
 from idlm_jax.decoding.cache import BIN, PAGE, cache_bytes
 from idlm_jax.decoding.generate import SamplingParams
+from idlm_jax.decoding.logprobs import LogProbs
 from idlm_jax.decoding.paged import Report, admit, give_pages, idle_paged_state, prefill_pages, run_requests
-from idlm_jax.decoding.step import Policy
+from idlm_jax.decoding.step import DecodeState, Policy
 from idlm_jax.decoding.window import window_rows
 from idlm_jax.errors import UserError
 from idlm_jax.serving.pages import Pages
@@ -27,6 +28,8 @@ from idlm_jax.serving.stride import StrideChooser
 
 # Rounds between two looks at the texts: clients see new text, and a stop string ends one, at most so much later.
 ROUNDS = 4
+# Likely tokens that a request can ask for in each place, as vLLM has it.
+MOST_LOGPROBS = 20
 # Pages that the tables of a prefill call name: the smallest number, and how it grows.
 _FEWEST_PAGES, _PAGES_FACTOR = 8, 4
 # Tokens that requests have when costs are measured, at most.
@@ -46,6 +49,11 @@ class Engine(Protocol):
     @property
     def capacity(self) -> int:
         """Most tokens of a request, prompt included."""
+        ...
+
+    @property
+    def most_logprobs(self) -> int:
+        """How many likely tokens a request can ask for in each place; 0: it can have no log-probabilities."""
         ...
 
     @property
@@ -87,12 +95,23 @@ class Engine(Protocol):
 class PagedEngine:
     """Requests in ``places``, their keys in ``pages``, decoded by one policy or by the best of several."""
 
-    def __init__(self, model: Qwen3, policies: Sequence[Policy], places: int, capacity: int, pages: int | None = None):
+    def __init__(
+        self,
+        model: Qwen3,
+        policies: Sequence[Policy],
+        places: int,
+        capacity: int,
+        pages: int | None = None,
+        most_logprobs: int = MOST_LOGPROBS,
+    ):
         """``policies`` share everything but stride and layout.
 
-        ``pages`` in all; by default what all places need at full length, as far as the device has room.
+        ``pages`` in all; by default what all places need at full length, as far as the device has room. Without
+        ``most_logprobs``, programs hold nothing for log-probabilities.
         """
         self._model, self._places, self.capacity = model, places, capacity
+        # Of the vocabulary, one token, the mask, is never emitted.
+        self.most_logprobs = min(most_logprobs, model.config.vocab_size - 1)
         self._widest = max(policies, key=lambda policy: policy.stride)
         self._window = max(window_rows(policy.layout, policy.stride) for policy in policies)
         # The last token of a request is never stored.
@@ -136,6 +155,10 @@ class PagedEngine:
     def check(self, request: Request) -> None:
         """Raise UserError for a request that cannot run, even alone."""
         check_admission(self._model, request, self._widest, self.capacity)
+        if request.logprobs is not None and not self.most_logprobs:
+            raise UserError("this engine keeps no log-probabilities")
+        if request.logprobs is not None and not 0 <= request.logprobs <= self.most_logprobs:
+            raise UserError(f"logprobs must be in 0 … {self.most_logprobs}, not {request.logprobs}")
         pages = self._scheduler.pages
         needed = pages.pages_for(self._scheduler.slots(request))
         if needed > pages.most:
@@ -215,10 +238,22 @@ class PagedEngine:
         trust[: len(seats)] = [seat.stride >= policy.stride for seat in seats]
         for seat in seats:
             seat.stride = policy.stride
-        self._state, report = run_requests(self._model, self._state, numbers, trust, ROUNDS, policy)
+        wanted = np.zeros(size, bool)
+        wanted[: len(seats)] = [seat.job.request.logprobs is not None for seat in seats]
+        self._state, report = self._run(numbers, trust, wanted, policy)
+        if not wanted.any():
+            # Stays on the device.
+            report = replace(report, logprobs=None)
         for array in jax.tree.leaves(report):
             array.copy_to_host_async()
         return report, policy, seats
+
+    def _run(
+        self, numbers: np.ndarray, trust: np.ndarray, wanted: np.ndarray, policy: Policy
+    ) -> tuple[DecodeState, Report]:
+        return run_requests(
+            self._model, self._state, numbers, trust, wanted, ROUNDS, policy, most_logprobs=self.most_logprobs
+        )
 
     def _sizes(self) -> Iterator[int]:
         """Requests a call: powers of two, and all places."""
@@ -231,11 +266,13 @@ class PagedEngine:
     def _collect(self, report: Report, policy: Policy, seats: Sequence[Seat]) -> list[Answer]:
         tokens, count, done = np.asarray(report.tokens), np.asarray(report.count), np.asarray(report.done)
         history, rounds = np.asarray(report.history), np.asarray(report.rounds)
+        logprobs = report.logprobs and jax.tree.map(np.asarray, report.logprobs)
         answers = []
         for row, seat in enumerate(seats):
             outcomes = history[row, : rounds[row]]
             self._strides.observe(policy, outcomes)
-            answer = self._scheduler.collect(seat, tokens[row, : count[row]], outcomes, bool(done[row]))
+            noted = logprobs and LogProbs(logprobs.ids[row], logprobs.values[row])
+            answer = self._scheduler.collect(seat, tokens[row, : count[row]], outcomes, bool(done[row]), noted)
             if answer is not None:
                 answers.append(answer)
         return answers
@@ -266,7 +303,7 @@ class PagedEngine:
             self._occupy(size)
             numbers = np.arange(size, dtype=np.int32)
             began = time.perf_counter()
-            self._state, report = run_requests(self._model, self._state, numbers, np.zeros(size, bool), ROUNDS, policy)
+            self._state, report = self._run(numbers, np.zeros(size, bool), np.zeros(size, bool), policy)
             jax.block_until_ready(report)
             seconds.append((time.perf_counter() - began) / ROUNDS)
         return min(seconds)

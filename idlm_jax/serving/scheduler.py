@@ -15,6 +15,7 @@ from jaxtyping import Int
 
 from idlm_jax.decoding.admission import Answer, Request
 from idlm_jax.decoding.generate import Emission
+from idlm_jax.decoding.logprobs import LogProbs
 from idlm_jax.serving.pages import Pages
 
 # Prompt tokens that one prefill call takes, of several short prompts or of a long one: decoding is held up for so long.
@@ -34,6 +35,10 @@ class Job:
         self._tokens[:prompt] = request.prompt
         # A round emits one token at least.
         self._history = np.empty(most, np.int32)
+        self._logprobs = None
+        if request.logprobs is not None:
+            shape = (most, 1 + request.logprobs)
+            self._logprobs = LogProbs(np.empty(shape, np.int32), np.empty(shape, np.float32))
         self.length, self._rounds = prompt, 0
 
     @property
@@ -51,8 +56,22 @@ class Job:
         """How many drafts each round has accepted, as in DecodeState."""
         return self._history[: self._rounds]
 
-    def extend(self, tokens: Int[np.ndarray, " count"], history: Int[np.ndarray, " rounds"]) -> None:
+    @property
+    def logprobs(self) -> LogProbs | None:
+        """Of what has been emitted; None where the request has not asked."""
+        count, noted = len(self.emitted), self._logprobs
+        return None if noted is None else LogProbs(noted.ids[:count], noted.values[:count])
+
+    def extend(
+        self, tokens: Int[np.ndarray, " count"], history: Int[np.ndarray, " rounds"], logprobs: LogProbs | None
+    ) -> None:
         """Take up what some rounds have emitted."""
+        if self._logprobs is not None:
+            assert logprobs is not None
+            new = slice(len(self.emitted), len(self.emitted) + len(tokens))
+            width = self._logprobs.ids.shape[1]
+            self._logprobs.ids[new] = logprobs.ids[: len(tokens), :width]
+            self._logprobs.values[new] = logprobs.values[: len(tokens), :width]
         self._tokens[self.length : self.length + len(tokens)] = tokens
         self._history[self._rounds : self._rounds + len(history)] = history
         self.length += len(tokens)
@@ -148,16 +167,24 @@ class Scheduler:
         return plan
 
     def collect(
-        self, seat: Seat, tokens: Int[np.ndarray, " count"], history: Int[np.ndarray, " rounds"], done: bool
+        self,
+        seat: Seat,
+        tokens: Int[np.ndarray, " count"],
+        history: Int[np.ndarray, " rounds"],
+        done: bool,
+        logprobs: LogProbs | None = None,
     ) -> Answer | None:
-        """Take up what a call reported of a seat; None if its request has left it."""
+        """Take up what a call reported of a seat; None if its request has left it.
+
+        ``logprobs`` are needed where the request asked for them; what they hold beyond ``tokens`` is not looked at.
+        """
         if not self._holds(seat):
             return None
         seat.calls -= 1
-        seat.job.extend(tokens, history)
+        seat.job.extend(tokens, history, logprobs)
         if done:
             self._leave(seat)
-        return Answer(seat.job.request, Emission(seat.job.emitted, seat.job.history, done))
+        return Answer(seat.job.request, Emission(seat.job.emitted, seat.job.history, done, seat.job.logprobs))
 
     def _holds(self, seat: Seat) -> bool:
         return self._seats.get(seat.job.request.id) is seat

@@ -27,7 +27,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "functions": ([],),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "min_p": (0, 0.0),
     "modalities": (["text"],),
     "parallel_tool_calls": (False, True),
@@ -96,7 +95,7 @@ class _Body(BaseModel):
             if name not in _NEUTRAL:
                 known = [*type(self).model_fields, *_NEUTRAL]
                 raise RequestError(400, f"unknown field '{name}'{did_you_mean(name, known)}", name, "unknown_parameter")
-            # 0 is not False here: logprobs = 0 asks for something.
+            # 0 is not False here.
             if not any(type(value) is type(neutral) and value == neutral for neutral in _NEUTRAL[name]):
                 raise RequestError(400, f"'{name}' is not supported", name, "unsupported_parameter")
         return self
@@ -159,6 +158,7 @@ class CompletionBody(_Body):
     """``POST /v1/completions``."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = None
 
     def prompts(self) -> list[Any]:
         """Every prompt as text or token ids."""
@@ -168,6 +168,10 @@ class CompletionBody(_Body):
     def most_tokens(self, room: int) -> int:
         """How long a text may become where the engine has room for ``room`` tokens."""
         return 16 if self.max_tokens is None else self.max_tokens
+
+    def wanted_logprobs(self, most: int) -> int | None:
+        """How many likely tokens to name in each place, None for no log-probabilities; raises RequestError."""
+        return _logprobs_in_range("logprobs", self.logprobs, most)
 
 
 class TextPart(BaseModel):
@@ -209,6 +213,8 @@ class ChatBody(_Body):
     messages: list[Message]
     # The newer name of max_tokens.
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
 
     def prompts(self) -> list[Any]:
         """The chat, the only prompt."""
@@ -221,6 +227,23 @@ class ChatBody(_Body):
         given = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         # At least 1, so that a full context is refused for what it is.
         return max(room, 1) if given is None else given
+
+    def wanted_logprobs(self, most: int) -> int | None:
+        """How many likely tokens to name in each place, None for no log-probabilities; raises RequestError."""
+        if not self.logprobs:
+            if self.top_logprobs:
+                raise RequestError(400, "top_logprobs go with logprobs: true", "top_logprobs")
+            return None
+        name = "logprobs" if self.top_logprobs is None else "top_logprobs"
+        return _logprobs_in_range(name, self.top_logprobs or 0, most)
+
+
+def _logprobs_in_range(name: str, count: int | None, most: int) -> int | None:
+    if count is not None and most == 0:
+        raise RequestError(400, f"'{name}' is not supported: the server runs with --max-logprobs 0", name)
+    if count is not None and not 0 <= count <= most:
+        raise RequestError(400, f"{name} must be in 0 … {most} (--max-logprobs of the server), not {count}", name)
+    return count
 
 
 def parse[Body: CompletionBody | ChatBody](kind: type[Body], data: bytes) -> Body:

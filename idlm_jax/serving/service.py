@@ -14,14 +14,20 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+from jaxtyping import Float, Int
+
 from idlm_jax.decoding.admission import Request
 from idlm_jax.decoding.generate import DecodeStats, Emission, SamplingParams, end_tokens, stats_from_history
-from idlm_jax.decoding.text import TextBuilder
+from idlm_jax.decoding.text import TextBuilder, token_bytes
 from idlm_jax.model import LanguageModel, Prompt
 from idlm_jax.serving.engine import Engine
 from idlm_jax.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
+
+# Stands for log-probabilities that are less or no numbers, which JSON cannot hold; OpenAI and vLLM take it, too.
+LOWEST_LOGPROB = -9999.0
 
 
 class BusyError(Exception):
@@ -37,10 +43,27 @@ class UnavailableError(Exception):
 
 
 @dataclass(frozen=True)
+class TokenLogProb:
+    """A token and the most likely ones in its place, with their log-probabilities."""
+
+    # As arrays, a tenth of what objects would take: many may wait for their reader.
+    ids: Int[np.ndarray, " K+1"]
+    values: Float[np.ndarray, " K+1"]
+    # Where in the text its own begins.
+    offset: int
+
+    def pairs(self) -> list[tuple[int, float]]:
+        """Tokens and values: its own, then the most likely, the best first."""
+        return list(zip(self.ids.tolist(), self.values.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
 class Update:
     """New text of one of a call's texts; the last update of a text says why it ended and what it took."""
 
     text: str
+    # Of the tokens of that text, where the call has asked.
+    logprobs: tuple[TokenLogProb, ...] = ()
     finish_reason: str | None = None
     stats: DecodeStats | None = None
 
@@ -80,7 +103,9 @@ class Call:
     def _receive(self, updates: dict[int, Update], error: str | None) -> None:
         for number, update in updates.items():
             before = self._updates.get(number, Update(""))
-            self._updates[number] = replace(update, text=before.text + update.text)
+            self._updates[number] = replace(
+                update, text=before.text + update.text, logprobs=before.logprobs + update.logprobs
+            )
         self._error = error
         self._news.set()
 
@@ -92,6 +117,8 @@ class _Text:
     call: Call
     number: int
     builder: TextBuilder
+    # Tokens whose log-probabilities have been told.
+    told: int = 0
     began: float = field(default_factory=time.monotonic)
     # When its first text was seen.
     first: float | None = None
@@ -115,7 +142,10 @@ class Service:
         self._engine = make_engine()
         # Most tokens of a request, prompt included; and most texts that can be decoded or wait at once.
         self.capacity = self._engine.capacity
+        self.most_logprobs = self._engine.most_logprobs
         self.most_texts = self._engine.places + most_waiting
+        # What every token stands for.
+        self.token_bytes = token_bytes(model.tokenizer, model.config.vocab_size) if self.most_logprobs else []
         # "starting", "ready", "stopping", "failed".
         self.state = "starting"
         self._ids = itertools.count()
@@ -146,9 +176,12 @@ class Service:
         self._require_ready()
         return await asyncio.get_running_loop().run_in_executor(self._encoder, self.model.encode, prompt)
 
-    def submit(self, asked: Sequence[tuple[Sequence[int], SamplingParams]]) -> Call:
-        """Queue prompts, each with its sampling parameters; raises UserError, BusyError or UnavailableError."""
-        requests = [Request(next(self._ids), prompt, sampling) for prompt, sampling in asked]
+    def submit(self, asked: Sequence[tuple[Sequence[int], SamplingParams]], logprobs: int | None = None) -> Call:
+        """Queue prompts, each with its sampling parameters; raises UserError, BusyError or UnavailableError.
+
+        ``logprobs`` as in ``Request``.
+        """
+        requests = [Request(next(self._ids), prompt, sampling, logprobs) for prompt, sampling in asked]
         call = Call(requests)
         with self._changed:
             # While it is ready, and nobody can say otherwise, there is an engine.
@@ -273,11 +306,21 @@ class Service:
         said = "".join(piece.text for piece in pieces)
         if said and text.first is None:
             text.first = time.monotonic()
+        logprobs = self._told(text, emission)
         if builder.finish_reason is None:
-            return Update(said)
+            return Update(said, logprobs)
         stats = stats_from_history(emission.history, len(builder.token_ids), self._stride)
         self.metrics.ended(stats, builder.finish_reason, text.began, text.first)
-        return Update(said, builder.finish_reason, stats)
+        return Update(said, logprobs, builder.finish_reason, stats)
+
+    def _told(self, text: _Text, emission: Emission) -> tuple[TokenLogProb, ...]:
+        """Log-probabilities of the tokens whose text has just come out."""
+        if emission.logprobs is None:
+            return ()
+        new = slice(text.told, text.builder.shown)
+        text.told = new.stop
+        ids, values = emission.logprobs.ids[new], np.fmax(emission.logprobs.values[new], LOWEST_LOGPROB)
+        return tuple(map(TokenLogProb, ids, values, text.builder.offsets[new]))
 
     def _fail(self, why: str) -> None:
         with self._changed:

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from idlm_jax.checkpoint.open import open_source
 from idlm_jax.decoding.generate import Emission
-from idlm_jax.decoding.text import Piece, TextBuilder
+from idlm_jax.decoding.text import Piece, TextBuilder, token_bytes
 from idlm_jax.model import drafted_flags
 from tests.support import GOLDEN
 
@@ -117,6 +120,35 @@ def test_text_that_may_become_a_stop_string_is_held_back_and_no_more() -> None:
     assert finish(build) == "ab"
 
 
+@settings(deadline=None)
+@given(letters, stops, any_sizes)
+def test_a_token_has_appeared_once_its_first_character_has_and_never_behind_a_stop_string(
+    words: list[str], stop: list[str], sizes: list[int]
+) -> None:
+    tokens, begins, text = [], [], ""
+    for token in (token for word in words for token in ids(word)):
+        tokens, begins = [*tokens, token], [*begins, len(text)]
+        text = tokenizer().decode(tokens)
+    build, shown = builder(*stop), ""
+    for part in chunks(tokens, sizes):
+        shown += feed(build, part)
+        assert build.shown == sum(begin < len(shown) for begin in begins)
+    shown += finish(build)
+    assert build.shown == sum(begin < len(shown) for begin in begins)
+    assert build.offsets == begins[: len(build.offsets)]
+
+
+@settings(deadline=None)
+@given(any_tokens, any_sizes, st.booleans())
+def test_at_the_end_every_token_has_appeared(tokens: list[int], sizes: list[int], end: bool) -> None:
+    build = builder()
+    for part in chunks([*tokens, *[END] * end], sizes):
+        feed(build, part)
+    finish(build)
+    assert build.shown == len(build.token_ids) == len(build.offsets) == len(tokens) + end
+    assert build.offsets == sorted(build.offsets) and all(at <= len(build.text) for at in build.offsets)
+
+
 def test_of_several_stop_strings_the_earliest_wins() -> None:
     build = builder("ello", "hell")
     assert feed(build, ids("a hello")) == "a " and build.finish_reason == "stop"
@@ -125,15 +157,41 @@ def test_of_several_stop_strings_the_earliest_wins() -> None:
 def test_a_character_of_several_tokens_waits_for_its_last_byte() -> None:
     first, second = ids("ö")
     build = builder()
-    assert feed(build, [first]) == ""
-    assert feed(build, [second]) == "ö"
-    assert finish(build) == ""
+    assert (feed(build, [first]), build.shown) == ("", 0)
+    assert (feed(build, [second]), build.shown) == ("ö", 2)
+    assert finish(build) == "" and build.offsets == [0, 0]
 
 
 @pytest.mark.parametrize("ending", [[], [END]])
 def test_a_character_that_stays_incomplete_is_shown_as_a_replacement(ending: list[int]) -> None:
     build = builder()
     assert feed(build, ids("a") + ids("ö")[:1] + ending) + finish(build) == "a�"
+
+
+@settings(deadline=None)
+@given(st.text(max_size=30))
+def test_the_bytes_of_tokens_join_to_those_of_the_text(text: str) -> None:
+    known = token_bytes(tokenizer(), 300)
+    assert b"".join(known[token] for token in ids(text)) == text.encode()
+
+
+def test_bytes_of_special_tokens_are_their_names_and_unknown_tokens_have_none() -> None:
+    known = token_bytes(tokenizer(), 300)
+    assert known[:3] == [b"<|endoftext|>", b"<|im_start|>", b"<|im_end|>"]
+    assert known[280:] == [b""] * 20 and all(known[:280])
+
+
+def test_bytes_of_tokens_of_a_vocabulary_of_text() -> None:
+    """As Llama 2 has it: a sign for the space, and names for the bytes of what is not in the vocabulary."""
+    names = ["<unk>", "▁", "a", "▁a", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = Tokenizer(BPE({name: i for i, name in enumerate(names)}, [("▁", "a")], byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(steps)
+    known = token_bytes(PreTrainedTokenizerFast(tokenizer_object=backend), len(names))
+    tokens = backend.encode("a aö€").ids
+    assert len(tokens) == 2 + 2 + 3 and known[3] == b" a"
+    assert b"".join(known[token] for token in tokens) == "a aö€".encode()
 
 
 def test_drafted_characters_are_told_apart() -> None:

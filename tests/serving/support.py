@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from idlm_jax import LanguageModel, UserError, load
 from idlm_jax.decoding.admission import Answer, Request
 from idlm_jax.decoding.generate import Emission
+from idlm_jax.decoding.logprobs import LogProbs
 from idlm_jax.serving.api import Limits, Settings, create_app
 from idlm_jax.serving.engine import Engine
 from idlm_jax.serving.metrics import Metrics
@@ -32,10 +33,13 @@ def tiny() -> LanguageModel:
 
 
 class ScriptedEngine:
-    """Says the same text for every request, a token a step; ``hold`` stops it, ``fail`` makes the next step raise."""
+    """Says the same text for every request, a token a step; ``fail`` makes the next step raise.
+
+    Token t at position i has the log-probability -i; the likely ones in its place are t, t + 1, … with -i, -i - 1, …
+    """
 
     def __init__(self, text: str = "hello 12 and hello", places: int = 2, capacity: int = 128):
-        self.places, self.capacity = places, capacity
+        self.places, self.capacity, self.most_logprobs = places, capacity, 5
         self._tokens = tiny().tokenizer(text).input_ids
         self._here: dict[int, tuple[Request, int]] = {}
         self.cancelled: list[int] = []
@@ -80,11 +84,20 @@ class ScriptedEngine:
         for id, (request, said) in list(self._here.items())[: self.places]:
             tokens = np.array(self._tokens[: min(said + 1, request.sampling.max_tokens)])
             done = len(tokens) in (len(self._tokens), request.sampling.max_tokens)
-            answers.append(Answer(request, Emission(tokens, np.zeros(len(tokens), int), done)))
+            logprobs = self._logprobs(tokens, request.logprobs)
+            answers.append(Answer(request, Emission(tokens, np.zeros(len(tokens), int), done, logprobs)))
             self._here[id] = request, said + 1
             if done:
                 del self._here[id]
         return answers
+
+    @staticmethod
+    def _logprobs(tokens: np.ndarray, count: int | None) -> LogProbs | None:
+        if count is None:
+            return None
+        steps = np.array([0, *range(count)])
+        ids = (tokens[:, None] + steps) % tiny().config.vocab_size
+        return LogProbs(ids, -np.arange(len(tokens), dtype=np.float32)[:, None] - steps)
 
 
 @contextmanager

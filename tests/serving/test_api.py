@@ -5,11 +5,14 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from idlm_jax.decoding.logprobs import LogProbs
+from idlm_jax.serving import api
 from idlm_jax.serving.api import Limits
 from idlm_jax.serving.log import JsonLines
 from tests.serving.support import ScriptedEngine, client, get, post, serving, tiny
@@ -81,6 +84,122 @@ def test_a_stop_string_ends_the_text_before_it(app: FastAPI) -> None:
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "hello 12"
 
 
+def test_a_completion_has_log_probabilities_where_they_are_asked_for(app: FastAPI) -> None:
+    said = post(app, "/v1/completions", {**COMPLETION, "logprobs": 2}).json()["choices"][0]["logprobs"]
+    tokens = tiny().tokenizer(TEXT).input_ids
+    names = [tiny().tokenizer.decode([token]) for token in tokens]
+    assert said["tokens"] == names and "".join(names) == TEXT
+    assert said["text_offset"] == [len("".join(names[:i])) for i in range(len(names))]
+    assert said["token_logprobs"] == [-i for i in range(len(tokens))]
+    after = [tiny().tokenizer.decode([(token + 1) % 280]) for token in tokens]
+    assert said["top_logprobs"] == [{names[i]: -i, after[i]: -i - 1} for i in range(len(tokens))]
+    own = post(app, "/v1/completions", {**COMPLETION, "logprobs": 0}).json()["choices"][0]["logprobs"]
+    assert own["top_logprobs"] == [{names[i]: -i} for i in range(len(tokens))]
+
+
+def test_a_chat_has_log_probabilities_where_they_are_asked_for(app: FastAPI) -> None:
+    def content(**asked: Any) -> list[Any]:
+        choice = post(app, "/v1/chat/completions", {**CHAT, "logprobs": True, **asked}).json()["choices"][0]
+        return choice["logprobs"]["content"]
+
+    tokens = tiny().tokenizer(TEXT).input_ids
+    for count in (0, 2):
+        said = content(top_logprobs=count)
+        assert bytes(byte for entry in said for byte in entry["bytes"]).decode() == TEXT
+        assert [entry["logprob"] for entry in said] == [-i for i in range(len(tokens))]
+        for i, entry in enumerate(said):
+            assert entry["token"] == tiny().tokenizer.decode([tokens[i]])
+            assert [other["logprob"] for other in entry["top_logprobs"]] == [-i, -i - 1][:count]
+            assert entry["top_logprobs"][:1] == [{k: entry[k] for k in ("token", "logprob", "bytes")}][:count]
+    assert content() == content(top_logprobs=0)
+
+
+@pytest.mark.parametrize("stop", [None, " and", "and", "lo 1", "hello"])
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_stream_has_the_log_probabilities_of_the_whole_answer(chat: bool, stop: str | None, app: FastAPI) -> None:
+    path, body = ("/v1/chat/completions", CHAT) if chat else ("/v1/completions", COMPLETION)
+    body = {**body, **({"logprobs": True, "top_logprobs": 1} if chat else {"logprobs": 1}), "stop": stop}
+    whole = post(app, path, body).json()["choices"][0]
+    chunks = events(post(app, path, {**body, "stream": True}).text)
+    parts = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["logprobs"]]
+    joined: dict[str, list[Any]] = {}
+    for part in parts:
+        for key, values in part.items():
+            joined[key] = joined.get(key, []) + (values or [])
+    assert all(joined.get(key, []) == (values or []) for key, values in whole["logprobs"].items())
+    # Tokens go out with their text, and those that the stop string cuts off do not go out.
+    text = TEXT[: TEXT.find(stop)] if stop else TEXT
+    said = "".join(e["token"] for e in joined.get("content", [])) if chat else "".join(joined.get("tokens", []))
+    assert said.startswith(text) and len(said) - len(text) < len("hello")
+    for chunk in chunks:
+        choice = chunk["choices"][0]
+        piece = choice["delta"].get("content", "") if chat else choice["text"]
+        assert bool(piece) == bool(choice["logprobs"])
+
+
+def test_parts_of_characters_are_told_by_their_bytes() -> None:
+    with serving(lambda: ScriptedEngine("aö")) as (_, app):
+        chat = post(app, "/v1/chat/completions", {**CHAT, "logprobs": True}).json()["choices"][0]["logprobs"]["content"]
+        assert [(entry["token"], entry["bytes"]) for entry in chat] == [("a", [97]), ("�", [195]), ("�", [182])]
+        said = post(app, "/v1/completions", {**COMPLETION, "logprobs": 0}).json()["choices"][0]["logprobs"]
+        assert said["tokens"] == ["a", r"bytes:\xc3", r"bytes:\xb6"] and said["text_offset"] == [0, 1, 1]
+        stream = events(post(app, "/v1/completions", {**COMPLETION, "logprobs": 0, "stream": True}).text)
+        told = [c["choices"][0]["logprobs"]["tokens"] for c in stream if c["choices"][0]["logprobs"]]
+        assert all(r"bytes:\xb6" in tokens for tokens in told if r"bytes:\xc3" in tokens)
+
+
+def test_what_json_cannot_hold_is_a_number_all_the_same() -> None:
+    engine = ScriptedEngine("ab")
+    engine._logprobs = lambda tokens, count: LogProbs(tokens[:, None], np.array([[np.nan], [-np.inf]])[: len(tokens)])
+    with serving(lambda: engine) as (_, app):
+        said = post(app, "/v1/completions", {**COMPLETION, "logprobs": 0}).json()["choices"][0]["logprobs"]
+    assert said["token_logprobs"] == [-9999.0, -9999.0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "said"),
+    [
+        ({"top_logprobs": 2}, "top_logprobs", "top_logprobs go with logprobs: true"),
+        ({"logprobs": False, "top_logprobs": 2}, "top_logprobs", "top_logprobs go with logprobs: true"),
+        ({"logprobs": True, "top_logprobs": 6}, "top_logprobs", "top_logprobs must be in 0 … 5"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs", "top_logprobs must be in 0 … 5"),
+    ],
+)
+def test_a_chat_that_asks_for_too_many_likely_tokens_is_refused(
+    asked: dict[str, Any], param: str, said: str, app: FastAPI
+) -> None:
+    response = post(app, "/v1/chat/completions", {**CHAT, **asked})
+    assert response.status_code == 400 and response.json()["error"]["param"] == param
+    assert said in response.json()["error"]["message"]
+
+
+def test_a_server_that_keeps_no_log_probabilities_says_so() -> None:
+    def without() -> ScriptedEngine:
+        engine = ScriptedEngine(TEXT)
+        engine.most_logprobs = 0
+        return engine
+
+    with serving(without) as (_, app):
+        for path, body in (
+            ("/v1/completions", {**COMPLETION, "logprobs": 0}),
+            ("/v1/chat/completions", {**CHAT, "logprobs": True}),
+        ):
+            response = post(app, path, body)
+            assert response.status_code == 400 and "--max-logprobs 0" in response.json()["error"]["message"]
+        assert post(app, "/v1/chat/completions", {**CHAT, "logprobs": False}).status_code == 200
+
+
+def test_an_answer_of_very_many_log_probabilities_is_refused_but_for_a_stream(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "MOST_LOGPROBS_AN_ANSWER", 2 * 50 * 3)
+    body = {**COMPLETION, "n": 2, "logprobs": 3}
+    assert post(app, "/v1/completions", {**body, "logprobs": 2}).status_code == 200
+    response = post(app, "/v1/completions", body)
+    assert response.status_code == 400 and "up to 400 log-probabilities" in response.json()["error"]["message"]
+    assert events(post(app, "/v1/completions", {**body, "stream": True}).text)
+
+
 def test_several_prompts_and_choices_are_numbered_as_openai_does(app: FastAPI) -> None:
     prompts = {"prompt": ["a", "b"], "n": 2, "max_tokens": 2}
     answer = post(app, "/v1/completions", {**COMPLETION, **prompts}).json()
@@ -134,7 +253,10 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"stop": ["x"] * 3000}, 400, "stop", "at most 16 stop strings, not 3000"),
     ({"stop": "x" * 1000}, 400, "stop", "at most 256 characters"),
     ({"stop": [1]}, 422, "stop", "valid string"),
-    ({"logprobs": 0}, 400, "logprobs", "'logprobs' is not supported"),
+    ({"logprobs": 6}, 400, "logprobs", "logprobs must be in 0 … 5"),
+    ({"logprobs": -1}, 400, "logprobs", "logprobs must be in 0 … 5"),
+    ({"logprobs": True}, 422, "logprobs", "valid integer"),
+    ({"top_logprobs": 2}, 400, "top_logprobs", "'top_logprobs' is not supported"),
     ({"echo": True}, 400, "echo", "'echo' is not supported"),
     ({"presence_penalty": 0.5}, 400, "presence_penalty", "'presence_penalty' is not supported"),
     ({"temprature": 1}, 400, "temprature", "unknown field 'temprature'; did you mean 'temperature'?"),
@@ -220,7 +342,15 @@ JSON = st.recursive(
     max_leaves=8,
 )
 NAMES = ["prompt", "messages", "n", "temperature", "top_p", "top_k", "seed", "stop", "stream", "max_tokens"]
-NAMES += ["stop_token_ids", "ignore_eos", "stream_options", "logit_bias", "max_completion_tokens"]
+NAMES += [
+    "logprobs",
+    "top_logprobs",
+    "stop_token_ids",
+    "ignore_eos",
+    "stream_options",
+    "logit_bias",
+    "max_completion_tokens",
+]
 
 
 @settings(max_examples=60, deadline=None)

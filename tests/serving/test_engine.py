@@ -1,6 +1,7 @@
 """The engine gives every request the text it has alone, whatever is shared, preempted, cancelled, or done by turns."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,12 @@ from idlm_jax.serving.stride import candidates
 from tests.decoding.helpers import (
     AR,
     LONGEST,
+    MASK,
     MOST,
     alone,
     drafting_adapter,
     drafting_model,
+    full_forward,
     make_policy,
     random_prompts,
     requests_of_all_kinds,
@@ -50,8 +53,11 @@ def small_pages_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, value)
 
 
-def engine_of(policies: Sequence[Policy], pages: int | None = None, model: Qwen3 | None = None) -> PagedEngine:
-    return PagedEngine(model or drafting_model(drafting_adapter()), policies, places=4, capacity=CAPACITY, pages=pages)
+def engine_of(
+    policies: Sequence[Policy], pages: int | None = None, model: Qwen3 | None = None, **more: int
+) -> PagedEngine:
+    model = model or drafting_model(drafting_adapter())
+    return PagedEngine(model, policies, places=4, capacity=CAPACITY, pages=pages, **more)
 
 
 def serve(engine: PagedEngine, requests: Sequence[Request], seed: int = 1) -> Iterator[Answer]:
@@ -108,6 +114,78 @@ def test_texts_stay_the_same_where_pages_are_short_and_requests_are_preempted(po
     assert texts == {id: tokens for id, (tokens, _) in enumerate(expected)}
     assert len(preempted) > 1
     assert engine._scheduler.pages.available == PAGES - 1
+
+
+def plain_log_probs(request: Request, tokens: list[int], gated: bool) -> np.ndarray:
+    """What a causal pass over prompt and text says in the place of each token: of the base model, or of the adapted."""
+    row = np.zeros((1, CAPACITY), np.int32)
+    whole = [*request.prompt, *tokens]
+    row[0, : len(whole)] = whole
+    model = drafting_model() if gated else drafting_model(drafting_adapter())
+    logits = np.asarray(full_forward(model, jnp.asarray(row), None if gated else 0), np.float64)
+    logits = logits[0, len(request.prompt) - 1 : len(whole) - 1]
+    logits[:, MASK] = -np.inf
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_log_probabilities_are_those_of_a_plain_forward_for_whoever_asks(gated: bool) -> None:
+    """AR, standard and branch windows by turns, where pages are short; asking changes no text."""
+    policies = [BRANCH, make_policy(4, "standard"), AR] if gated else [POLICIES[1]]
+    engine, rng = engine_of(policies, pages=PAGES if gated else None), np.random.default_rng(3)
+    engine._strides.choose = lambda requests: policies[rng.integers(len(policies))]
+    asked = [replace(r, logprobs=(None, 0, None, 3, 20)[r.id % 5]) for r in requests_of_all_kinds()]
+    preempted = preemptions(engine)
+    engine.submit(asked)
+    for answer in serve(engine, []):
+        request, said = answer.request, answer.emission
+        assert (said.logprobs is None) == (request.logprobs is None)
+        if said.logprobs is None or request.logprobs is None:
+            continue
+        ids, values = np.asarray(said.logprobs.ids), np.asarray(said.logprobs.values)
+        assert ids.shape == values.shape == (len(said.tokens), 1 + request.logprobs)
+        assert ids[:, 0].tolist() == said.tokens.tolist()
+        if not said.done:
+            continue
+        expected = plain_log_probs(request, said.tokens.tolist(), gated)
+        np.testing.assert_allclose(values, np.take_along_axis(expected, ids, axis=1), atol=1e-4)
+        likely = -np.sort(-expected, axis=1)[:, : request.logprobs]
+        np.testing.assert_allclose(values[:, 1:], likely, atol=1e-4)
+        assert all(len(set(row)) == request.logprobs for row in ids[:, 1:].tolist())
+        if gated:
+            assert said.tokens.tolist() == alone(BRANCH)[request.id][0]
+    assert not gated or any(asked[id].logprobs for id in preempted)
+
+
+def test_log_probabilities_leave_the_device_where_somebody_asks_alone() -> None:
+    engine, sampling = engine_of([AR]), SamplingParams(max_tokens=6)
+    for logprobs in (None, 2, None):
+        engine.submit([Request(0, [1, 2], sampling), Request(1, [3], sampling, logprobs)])
+        engine.step()
+        assert engine._last is not None and (engine._last[0].logprobs is None) == (logprobs is None)
+        list(serve(engine, []))
+    for refused in (21, -1):
+        with pytest.raises(UserError, match=f"logprobs must be in 0 … 20, not {refused}"):
+            engine.submit([Request(0, [1], sampling, refused)])
+
+
+def test_an_engine_without_log_probabilities_computes_none() -> None:
+    def program(engine: PagedEngine) -> str:
+        none = np.zeros(1, bool)
+        return str(
+            jax.make_jaxpr(
+                lambda state: paged.run_requests(
+                    engine._model, state, np.zeros(1, int), none, none, 1, AR, engine.most_logprobs
+                )
+            )(engine._state)
+        )
+
+    engine = engine_of([AR], most_logprobs=0)
+    assert "top_k" in program(engine_of([AR])) and "top_k" not in program(engine)
+    with pytest.raises(UserError, match="keeps no log-probabilities"):
+        engine.submit([Request(0, [1], SamplingParams(max_tokens=4), 0)])
+    engine.submit([Request(0, [1, 2], SamplingParams(max_tokens=4))])
+    assert next(a for a in serve(engine, []) if a.emission.done).emission.tokens.shape == (4,)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -184,7 +262,8 @@ def test_warming_up_leaves_nothing_to_compile(caplog: pytest.LogCaptureFixture) 
     assert lines[0].startswith("compiling prefill, 1 of ") and lines[-1].startswith("ready after")
     assert any("AR: " in line for line in lines) and any("N = 2 standard: " in line for line in lines)
     with jax.log_compiles():
-        texts = {a.request.id: a.emission.tokens.tolist() for a in serve(engine, requests_of_all_kinds())}
+        asked = [replace(request, logprobs=3 if request.id % 2 else None) for request in requests_of_all_kinds()]
+        texts = {a.request.id: a.emission.tokens.tolist() for a in serve(engine, asked)}
     assert not [record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()]
     assert texts == {id: tokens for id, (tokens, _) in enumerate(alone(BRANCH))}
 

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx2
+import jax.numpy as jnp
+import numpy as np
 import openai
 import psutil
 import pytest
 
 from idlm_jax import SamplingParams
+from idlm_jax.backbone.qwen3 import causal_logits
 from idlm_jax.cli.serve import served_names
 from tests.cli.decoding_support import refused
 from tests.cli.decoding_support import run as run_cli
@@ -114,6 +117,32 @@ def test_completions_choices_stop_strings_and_seeds(client: openai.OpenAI) -> No
     assert (stopped.finish_reason, stopped.message.content) == ("stop", expected(20, 3, stop=(stop,)))
 
 
+def test_the_official_client_sees_log_probabilities(client: openai.OpenAI) -> None:
+    model, prompt = tiny(), tiny().encode(CHAT)
+    asked: Any = {"model": MODEL, "messages": CHAT, "max_tokens": 30, "seed": 3, "top_logprobs": 4}
+    choice = client.chat.completions.create(**asked, logprobs=True).choices[0]
+    assert choice.logprobs is not None and choice.logprobs.content is not None
+    assert choice.message.content == expected(30, 3)
+    tokens = model.generate([CHAT], SamplingParams(temperature=1.0, seed=3, max_tokens=30), stride=1)[0].token_ids
+    logits = np.array(causal_logits(model.model, jnp.asarray([[*prompt, *tokens]])), np.float64)[
+        0, len(prompt) - 1 : -1
+    ]
+    logits[:, 0] = -np.inf  # the mask
+    plain = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    content = choice.logprobs.content
+    assert len(content) == len(tokens)
+    np.testing.assert_allclose([e.logprob for e in content], plain[np.arange(len(tokens)), tokens], atol=1e-4)
+    tops = [[top.logprob for top in entry.top_logprobs] for entry in content]
+    np.testing.assert_allclose(tops, -np.sort(-plain, axis=1)[:, :4], atol=1e-4)
+    chunks = list(client.chat.completions.create(**asked, logprobs=True, stream=True))
+    streamed = [entry for c in chunks if (said := c.choices[0].logprobs) for entry in said.content or []]
+    assert streamed == content
+    whole = client.completions.create(model=MODEL, prompt=prompt, max_tokens=30, seed=3, logprobs=4).choices[0]
+    assert whole.logprobs is not None
+    assert whole.logprobs.token_logprobs == [entry.logprob for entry in content]
+    assert whole.logprobs.text_offset is not None and whole.logprobs.text_offset[0] == 0
+
+
 def test_load_is_measured_with_prompts_of_token_ids(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["bench", "serve", "--url", server.url, "--prompt-tokens", 8, "--output-tokens", 20, "--json"]
     keyed = [*given, "--api-key", KEY]
@@ -135,9 +164,9 @@ def test_the_official_client_knows_our_errors(client: openai.OpenAI) -> None:
     create = client.chat.completions.create
     with pytest.raises(openai.NotFoundError, match="no model 'gpt'"):
         create(model="gpt", messages=CHAT)
-    with pytest.raises(openai.BadRequestError, match="logprobs") as refused_logprobs:
-        create(model=MODEL, messages=CHAT, logprobs=True)
-    assert refused_logprobs.value.param == "logprobs"
+    with pytest.raises(openai.BadRequestError, match="must be in 0 … 20") as too_many:
+        create(model=MODEL, messages=CHAT, logprobs=True, top_logprobs=21)
+    assert too_many.value.param == "top_logprobs"
     with pytest.raises(openai.BadRequestError, match="room for 128 tokens") as too_long:
         create(model=MODEL, messages=CHAT, max_tokens=1000)
     assert too_long.value.code == "context_length_exceeded"
@@ -246,6 +275,7 @@ def test_soak(server: Server) -> None:
     ("flags", "said"),
     [
         (("--places", 0), "--places must be at least 1"),
+        (("--max-logprobs", -1), "--max-logprobs must be at least 0"),
         (("--port", 70000), "--port must be at most 65535"),
         (("--timeout", "nan"), "--timeout must be at least 1"),
         ((), "--mask-token"),
