@@ -48,7 +48,8 @@ def to_devices(
 ) -> jax.Array:
     """One tensor spread over devices, in ``dtype`` or its own; ``read`` gives the parts that this process needs."""
 
-    def part(index: Index) -> np.ndarray:
+    def part(index: Index | None) -> np.ndarray:
+        assert index is not None
         array, own = _narrowed(read(index), dtype)
         return contiguous(array).astype(own, copy=False)
 

@@ -127,8 +127,8 @@ class Setup:
     def rows_here(self, count: int, parts: int | None = None) -> list[int]:
         """Which of so many rows ``place`` puts on devices of this process."""
         rows = np.arange(count) if parts is None else np.arange(count).reshape(parts, -1)
-        places = self._rows(parts).addressable_devices_indices_map((*rows.shape, 1))
-        return sorted({int(row) for index in places.values() for row in rows[index[:-1]].ravel()})
+        places = self._rows(parts).addressable_devices_indices_map((*rows.shape, 1)).values()
+        return sorted({int(row) for index in places if index is not None for row in rows[index[:-1]].ravel()})
 
     def _rows(self, parts: int | None) -> NamedSharding:
         leading = () if parts is None else (None,)
