@@ -1,9 +1,13 @@
 """Moving one tensor: host memory layout, dtype, device."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Of a part of a tensor.
+Index = tuple[slice, ...]
 # Side of the square tiles in which a matrix is transposed; five times as fast as numpy's own copy, which misses the
 # cache at every element.
 _TILE = 256
@@ -28,11 +32,31 @@ def as_bytes(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def to_device(array: np.ndarray, dtype: jnp.dtype | None, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """One tensor as a JAX array, in ``dtype`` or its own; a transposed view is transposed on the device, not here."""
-    dtype = jnp.dtype(array.dtype if dtype is None else dtype)
-    if dtype.itemsize < array.dtype.itemsize:
-        array = array.astype(dtype)  # narrow before the transfer, widen after it
-    if sharding is None and array.ndim == 2 and array.T.flags.c_contiguous:
+def to_device(array: np.ndarray, dtype: jnp.dtype | None) -> jax.Array:
+    """One tensor on the default device, in ``dtype`` or its own; a transposed view is transposed there, not here."""
+    array, dtype = _narrowed(array, dtype)
+    if array.ndim == 2 and array.T.flags.c_contiguous:
         return jnp.asarray(array.T).T.astype(dtype)
-    return jax.device_put(contiguous(array), sharding).astype(dtype)
+    return jax.device_put(contiguous(array)).astype(dtype)
+
+
+def to_devices(
+    read: Callable[[Index], np.ndarray],
+    shape: tuple[int, ...],
+    dtype: jnp.dtype | None,
+    sharding: jax.sharding.Sharding,
+) -> jax.Array:
+    """One tensor spread over devices, in ``dtype`` or its own; ``read`` gives the parts that this process needs."""
+
+    def part(index: Index | None) -> np.ndarray:
+        assert index is not None
+        array, own = _narrowed(read(index), dtype)
+        return contiguous(array).astype(own, copy=False)
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _narrowed(array: np.ndarray, dtype: jnp.dtype | None) -> tuple[np.ndarray, jnp.dtype]:
+    """Narrow before the transfer, widen after it: the array, and the dtype it is to have in the end."""
+    dtype = jnp.dtype(array.dtype if dtype is None else dtype)
+    return (array.astype(dtype) if dtype.itemsize < array.dtype.itemsize else array), dtype

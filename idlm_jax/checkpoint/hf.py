@@ -75,6 +75,11 @@ class HFSource:
         array = self._tensors[weight.hf_name].read()
         return array.T if weight.transpose else array
 
+    def read_part(self, weight: Weight, index: tuple[slice, ...]) -> np.ndarray:
+        """``read(weight)[index]``, without reading the rest."""
+        tensor = self._tensors[weight.hf_name]
+        return tensor.read_part(index[::-1]).T if weight.transpose else tensor.read_part(index)
+
     def stored_dtype(self, weight: Weight) -> np.dtype:
         """The dtype that ``read`` returns, without reading."""
         return safetensors.DTYPES[self._tensors[weight.hf_name].dtype_name]

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from idlm_jax.backbone.weights import Params, Weight, build_params, weight_table
-from idlm_jax.checkpoint.arrays import to_device
-from idlm_jax.checkpoint.source import WeightSource, read_each
+from idlm_jax.checkpoint.arrays import to_device, to_devices
+from idlm_jax.checkpoint.source import WeightSource, read_each, read_parts
 from idlm_jax.errors import UserError
 
 # What a download from the Hub brings: weights, configuration, tokenizer; no code, no PyTorch files.
@@ -51,17 +51,21 @@ def load_params(
 ) -> Params:
     """The (unstacked) parameters as JAX arrays, in ``dtype`` or as stored, one tensor at a time.
 
-    Arrays go to the default device, or where ``sharding`` puts each weight.
+    Arrays go to the default device, or where ``sharding`` puts each weight; of a Hugging Face directory, each process
+    then reads what its devices hold and no more.
     """
     leaves: dict[str, jax.Array] = {}
     # The bar appears on a terminal only, and only when loading takes more than two seconds.
     weights = weight_table(source.config)
-    tensors = read_each(source, weights)
     with tqdm(total=len(weights), desc="loading", unit="tensor", delay=2, disable=None) as progress:
-        for weight in weights:
-            array = next(tensors)
-            leaves[weight.path] = to_device(array, dtype, sharding(weight) if sharding else None)
-            progress.update()
+        if sharding is None:
+            for weight, array in zip(weights, read_each(source, weights), strict=True):
+                leaves[weight.path] = to_device(array, dtype)
+                progress.update()
+        else:
+            for weight, read in zip(weights, read_parts(source, weights), strict=True):
+                leaves[weight.path] = to_devices(read, weight.shape, dtype, sharding(weight))
+                progress.update()
     return build_params(source.config, lambda weight: leaves[weight.path])
 
 

@@ -39,6 +39,11 @@ class StoredTensor:
         """The whole tensor; the file is not mapped, so its pages do not count as this process's memory."""
         return self._bytes(0, self.nbytes).view(DTYPES[self.dtype_name]).reshape(self.shape)
 
+    def read_part(self, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of the tensor; only the pages of the file that hold it are read."""
+        whole = np.memmap(self.file, DTYPES[self.dtype_name], "r", self.offset, self.shape)
+        return np.array(whole[index])
+
     @property
     def nbytes(self) -> int:
         """Size in the file."""

@@ -4,7 +4,8 @@ Loading, conversion, export and ``idlm info`` read tensors one at a time through
 whole checkpoint.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from idlm_jax.backbone.weights import Weight, weight_table
+from idlm_jax.checkpoint.arrays import Index
 from idlm_jax.config import ModelConfig
 from idlm_jax.errors import UserError, did_you_mean
 
@@ -50,6 +52,14 @@ def read_each(source: WeightSource, weights: Iterable[Weight]) -> Iterator[np.nd
     """Tensors in the order asked for; sources that read several small ones at once faster may do so."""
     batched = getattr(source, "read_each", None)
     return map(source.read, weights) if batched is None else batched(weights)
+
+
+def read_parts(source: WeightSource, weights: Iterable[Weight]) -> Iterator[Callable[[Index], np.ndarray]]:
+    """What reads a part of each tensor, in the order asked for; only some sources need not read the whole for it."""
+    part = getattr(source, "read_part", None)
+    if part is not None:
+        return (partial(part, weight) for weight in weights)
+    return (array.__getitem__ for array in read_each(source, weights))
 
 
 def target_dtype(source: WeightSource, weight: Weight, dtype: np.dtype | None) -> np.dtype:

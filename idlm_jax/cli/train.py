@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,9 +12,39 @@ from rich.table import Table
 from tyro.conf import Positional, UseAppendAction, arg
 
 from idlm_jax.cli.render import Notice, make_console
+from idlm_jax.errors import UserError
 
 if TYPE_CHECKING:
     from idlm_jax.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class ProcessFlags:
+    """The other processes of a run on several hosts; each host (or device) runs the same command."""
+
+    # Join the processes of this job, as Slurm, Open MPI, Kubernetes (JobSet) or Cloud TPU tell of them.
+    distributed: bool = False
+    # Without such a launcher: HOST:PORT of process 0, how many there are, and which one this is.
+    coordinator: Annotated[str | None, arg(metavar="HOST:PORT", help_behavior_hint="(default: the launcher's)")] = None
+    num_processes: Annotated[int | None, arg(metavar="COUNT", help_behavior_hint="(default: the launcher's)")] = None
+    process_id: Annotated[int | None, arg(metavar="NUMBER", help_behavior_hint="(default: the launcher's)")] = None
+
+    def join(self) -> None:
+        """Let JAX see the devices of all processes; raises UserError where there is nothing to join."""
+        named = self.coordinator, self.num_processes, self.process_id
+        if any(value is not None for value in named) and None in named:
+            raise UserError("--coordinator, --num-processes and --process-id belong together; give all three")
+        if not self.distributed and self.coordinator is None:
+            return
+        import jax
+
+        try:
+            jax.distributed.initialize(*named)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"cannot join the other processes ({str(error).splitlines()[0]}); start this by srun, mpirun, JobSet "
+                "or on a TPU slice, or give --coordinator, --num-processes and --process-id"
+            ) from None
 
 
 def train(
@@ -25,6 +56,7 @@ def train(
     set: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="KEY=VALUE")] = (),
     resume: bool = False,
     dry_run: bool = False,
+    processes: Annotated[ProcessFlags, arg(name="")] = ProcessFlags(),
 ) -> int:
     """Train a model, or a gated adapter that leaves it untouched, to predict several next tokens.
 
@@ -38,6 +70,7 @@ def train(
       idlm train configs/train/smollm2_gated_lora_n4.yaml --data data/smollm2 --output runs/gated
       idlm train runs/gated/config.yaml --resume
       idlm train configs/train/smollm2_full.yaml --output runs/full --set optimizer.learning_rate=2e-5
+      srun idlm train configs/train/smollm2_full.yaml --output /shared/runs/full --distributed
 
     Args:
         config: What to train and how; see configs/train.
@@ -56,6 +89,7 @@ def train(
         from idlm_jax.training.config import load_train_config
 
         settings = load_train_config(config, [*given, *set])
+        processes.join()
     if dry_run:
         _show_plan(settings)
         return 0

@@ -48,7 +48,7 @@ class Checkpoints:
         ``fingerprint`` is JSON that must be the same for a checkpoint to fit this run, such as the model's shape.
         """
         self.directory = Path(os.path.abspath(output)) / "checkpoints"
-        self._fingerprint = {**fingerprint, "processes": jax.process_count()}
+        self._fingerprint = dict(fingerprint)
         self._sealing: threading.Thread | None = None
         self._failed = False
         try:
@@ -134,11 +134,16 @@ class Checkpoints:
         # Asked before, because a disk that fills up meanwhile costs the time of a save.
         if not _agreed(jax.process_index() != 0 or _has_room(self.directory, self._saving_bytes)):
             return self._tell_failure(step, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-        metadata: dict[str, Any] = {"fingerprint": _as_json(self._fingerprint), "state": _describe(state)}
+        metadata: dict[str, Any] = {
+            "fingerprint": _as_json(self._fingerprint),
+            "state": _describe(state),
+            # The same on every process, so that any number of them can go on.
+            "data": data.get_state(),
+        }
         try:
             response = self._orbax.save_checkpointables_async(
                 step,
-                {"state": state, "data": data},
+                {"state": state},
                 force=True,
                 metrics=None if metric is None else {"metric": float(metric)},
                 custom_metadata=metadata,
@@ -198,7 +203,7 @@ class Checkpoints:
 
     def _load(self, step: int, abstract_state: Any, data: Any) -> Any:
         metadata = self._orbax.metadata(step).custom_metadata
-        if not isinstance(metadata, dict) or metadata.keys() != {"fingerprint", "state"}:
+        if not isinstance(metadata, dict) or metadata.keys() != {"fingerprint", "state", "data"}:
             raise UserError(f"{self.directory / str(step)} is not a checkpoint of `idlm train`; give another output")
         for theirs, ours in (
             (metadata["fingerprint"], _as_json(self._fingerprint)),
@@ -210,7 +215,9 @@ class Checkpoints:
                     f"{self.directory / str(step)} is a checkpoint of another run: {difference}; resume with the "
                     "settings it was made with, or give another output"
                 )
-        return self._orbax.load_checkpointables(step, {"state": abstract_state, "data": data})["state"]
+        state = self._orbax.load_checkpointables(step, {"state": abstract_state})["state"]
+        data.set_state(metadata["data"])
+        return state
 
     def _move_aside(self, step: int, problem: str) -> None:
         path = self.directory / str(step)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from idlm_jax.backbone.weights import layer_weights
@@ -144,11 +145,13 @@ class _Run:
         self.throughput = Throughput(jax.device_count())
         late: tuple[int, StepResult] | None = None
         for number, step in self._schedule(begin):
+            if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(number):
+                stop.append("SIGTERM")
             if stop:
                 break
             arrays = next(self.iterator)
             self.recent.append((number, arrays))
-            self.state, result = step(self.state, self.frozen, self.setup.place(arrays))
+            self.state, result = step(self.state, self.frozen, self.setup.place(arrays, config.accumulation))
             if late:
                 self._report(*late)
             late = (number, result)
@@ -196,9 +199,7 @@ class _Run:
         config = self.setup.config
         index, stage = _stage_at(config, number)
         arrays = self._arrays_of(number)
-        # Of this process; the others have as many but for the padding.
         tokens, document_length = document_tokens(arrays["segment_ids"], arrays["positions"])
-        tokens *= jax.process_count()
         adapter = self.setup.builder.adapter
         flops = useful_flops(
             self.setup.builder.config,
@@ -366,9 +367,13 @@ def _stage_at(config: TrainConfig, number: int) -> tuple[int, Stage]:
 def _stop_signals() -> Iterator[list[str]]:
     """A list that a SIGTERM or SIGINT puts its name into, so that the loop ends after a whole step and saves.
 
-    From then on both do what they did before: whoever sends a second one wants no checkpoint.
+    From then on both do what they did before: whoever sends a second one wants no checkpoint. Of several processes all
+    must stop after the same step; there JAX's runtime takes SIGTERM and tells the others, and SIGINT stops at once.
     """
     stop: list[str] = []
+    if jax.process_count() > 1:
+        yield stop
+        return
 
     def handle(number: int, frame: Any) -> None:
         stop.append(signal.Signals(number).name)

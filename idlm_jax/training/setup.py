@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -112,22 +112,27 @@ class Setup:
         trained, frozen = self.load()
         return init_state(trained, self.optimizer), frozen
 
-    def place(self, arrays: dict[str, np.ndarray]) -> Batch:
-        """One step's rows of this process as a Batch with a leading axis of parts, spread over the mesh."""
-        sharding = NamedSharding(self.mesh, PartitionSpec(None, BATCH_AXES, None))
-        parts = self.config.accumulation
+    def place(self, arrays: dict[str, np.ndarray], parts: int | None = None) -> Batch:
+        """Rows as a Batch spread over the mesh, with a leading axis of parts (default: none).
+
+        Every process gives all rows; those that lie on devices of others may hold anything.
+        """
 
         def put(array: np.ndarray) -> jax.Array:
-            local = array.reshape(parts, array.shape[0] // parts, *array.shape[1:])
-            return jax.make_array_from_process_local_data(sharding, local)
+            whole = array if parts is None else array.reshape(parts, -1, *array.shape[1:])
+            return jax.make_array_from_callback(whole.shape, self._rows(parts), lambda index: whole[index])
 
         return Batch.from_dict({name: put(array) for name, array in arrays.items()})
 
-    def place_rows(self, arrays: dict[str, np.ndarray]) -> Batch:
-        """Rows of this process as a Batch without parts."""
-        sharding = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES, None))
-        put = partial(jax.make_array_from_process_local_data, sharding)
-        return Batch.from_dict({name: put(array) for name, array in arrays.items()})
+    def rows_here(self, count: int, parts: int | None = None) -> list[int]:
+        """Which of so many rows ``place`` puts on devices of this process."""
+        rows = np.arange(count) if parts is None else np.arange(count).reshape(parts, -1)
+        places = self._rows(parts).addressable_devices_indices_map((*rows.shape, 1)).values()
+        return sorted({int(row) for index in places if index is not None for row in rows[index[:-1]].ravel()})
+
+    def _rows(self, parts: int | None) -> NamedSharding:
+        leading = () if parts is None else (None,)
+        return NamedSharding(self.mesh, PartitionSpec(*leading, BATCH_AXES, None))
 
 
 @dataclass(frozen=True)
@@ -162,10 +167,9 @@ class Data:
             make_dataset(
                 self._split[0],
                 length=config.length,
-                batch_size=config.batch_size // jax.process_count(),
+                batch_size=config.batch_size,
                 seed=config.seed,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                rows=self.setup.rows_here(config.batch_size, config.accumulation),
             )
         )
 
@@ -175,15 +179,17 @@ class Data:
         if documents is None:
             return
         rows = config.batch_size // config.accumulation
-        # Every process packs all of them and takes its rows, so that all have the same number of batches.
         dataset = make_dataset(
-            documents, length=config.length, batch_size=rows, seed=config.seed, shuffle=False, epochs=1
+            documents,
+            length=config.length,
+            batch_size=rows,
+            seed=config.seed,
+            shuffle=False,
+            epochs=1,
+            rows=self.setup.rows_here(rows),
         )
-        share = rows // jax.process_count()
-        mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
         with closing(iter(dataset)) as batches:
-            for arrays in batches:
-                yield self.setup.place_rows({name: array[mine] for name, array in arrays.items()})
+            yield from map(self.setup.place, batches)
 
 
 def _adapter_config(config: TrainConfig, model: ModelConfig) -> AdapterConfig:

@@ -212,3 +212,28 @@ def test_transformers_computes_the_same_from_the_exported_directory(name: str, t
     tokens = torch.arange(20)[None]
     logits = [AutoModelForCausalLM.from_pretrained(path)(tokens).logits for path in (GOLDEN / name, back)]
     assert torch.equal(*logits)
+
+
+def test_devices_get_their_parts_of_a_tensor_and_the_rest_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, TINY, random_tensors(TINY, ("float32", "bfloat16")))
+    source = HFSource(tmp_path)
+    wholes = {weight.path: source.read(weight) for weight in weight_table(source.config)}
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(
+        type(next(iter(source._tensors.values()))), "read", lambda self: pytest.fail("the whole is read")
+    )
+    for weight in weight_table(source.config):
+        ends = [sorted(rng.integers(0, size + 1, 2)) for size in weight.shape]
+        for index in (tuple(slice(*end) for end in ends), tuple(slice(None) for _ in ends)):
+            assert raw_bytes(source.read_part(weight, index)) == raw_bytes(wholes[weight.path][index])
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for dtype in (None, jnp.bfloat16, jnp.float32):
+        params = load_params(source, dtype, lambda weight: device)
+        for weight in weight_table(source.config):
+            ours = params
+            for key in weight.path.split("."):
+                ours = ours[int(key) if key.isdecimal() else key]
+            expected = wholes[weight.path].astype(dtype or wholes[weight.path].dtype)
+            np.testing.assert_array_equal(np.asarray(ours, np.float32), expected.astype(np.float32))
