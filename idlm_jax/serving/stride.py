@@ -71,7 +71,7 @@ class StrideChooser:
         """A round of so many requests takes so long."""
         self._seconds.setdefault(requests, {})[policy] = seconds
 
-    def observe(self, policy: Policy, history: Int[np.ndarray, " rounds"]) -> None:
+    def observe(self, policy: Policy, history: Int[np.ndarray, "*rounds"]) -> None:
         """Learn from rounds: how many drafts each accepted, -1 if it had none to verify."""
         for depth in range(policy.stride - 1):
             tried, accepted = np.count_nonzero(history >= depth), np.count_nonzero(history > depth)

@@ -55,6 +55,9 @@ class ScriptedEngine:
     def cache_used(self) -> float:
         return self.running / self.places
 
+    def take_rounds(self) -> dict[str, int]:
+        return {}
+
     def warm_up(self, say: Callable[[str], None]) -> None:
         say("warm")
 
