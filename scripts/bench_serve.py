@@ -6,7 +6,9 @@ Run on an accelerator, by hand::
     python scripts/bench_serve.py --model MODEL.gguf --adapter smollm2-n4 --concurrency 1 8 64 256 --output runs/smollm2
 
 The server is that of ``idlm serve``, in this process; the clients are ``idlm bench serve``, in a process of their own.
-One engine after the other: AR, then ISD. Without ``--model`` weights are random, in the shape of ``--config``, with a
+One engine after the other: AR alone, then ISD by the strides and layouts up to ``--stride`` that are fastest at each
+load, AR among them; with ``--fixed`` also by ``--stride`` and ``--layout`` alone. The table says which share of the
+rounds each way of decoding had. Without ``--model`` weights are random, in the shape of ``--config``, with a
 word-level tokenizer of the same vocabulary, and prompts are random tokens. ``--trace 1 64`` also looks at the device
 under so many clients: the time without a kernel, which is what the host does not hide, and how much of it is in gaps
 longer than those between the kernels of one program.
@@ -25,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +51,10 @@ from idlm_jax.decoding.step import Policy
 from idlm_jax.evaluation.reports import Grid, markdown, write_files
 from idlm_jax.evaluation.tasks import ifeval
 from idlm_jax.serving.api import Limits, Settings, create_app
-from idlm_jax.serving.engine import Engine, SlotEngine
+from idlm_jax.serving.engine import PagedEngine
 from idlm_jax.serving.metrics import Metrics
 from idlm_jax.serving.service import Service
+from idlm_jax.serving.stride import candidates
 from pallas_kernels.verify.reference import leading, row_keys
 
 _CHATS = Path(ifeval.__file__).with_name("ifeval_prompts.jsonl")
@@ -77,8 +80,10 @@ class Options:
     adapter_rank: int = 0
     # Chance that a draft is accepted; for random weights alone.
     simulated_acceptance: float | None = None
-    # Of ISD.
+    # Of ISD, at most.
     stride: int = 4
+    # Measure that stride with this layout alone, too.
+    fixed: bool = False
     layout: Literal["branch", "standard"] = "standard"
     concurrency: tuple[int, ...] = (1, 8, 32, 64, 128)
     # Of these, trace the device, too: the share of a second in which it waits for the host.
@@ -107,11 +112,6 @@ class Options:
         """How drafts come to be accepted, for every line of output."""
         rate = self.simulated_acceptance
         return "real acceptance" if rate is None else f"acceptance SIMULATED at {rate:g} a draft"
-
-
-def make_engine(model: LanguageModel, policies: tuple[Policy, ...], options: Options) -> Engine:
-    """The engine that ``idlm serve`` would make for these policies."""
-    return SlotEngine(model.model, policies[-1], max(options.concurrency), options.capacity)
 
 
 def make_language_model(options: Options) -> LanguageModel:
@@ -158,13 +158,13 @@ def simulate_acceptance(rate: float) -> None:
 
 @contextmanager
 def serving(
-    model: LanguageModel, policies: tuple[Policy, ...], name: str, options: Options
+    model: LanguageModel, policies: Sequence[Policy], name: str, options: Options
 ) -> Iterator[tuple[str, Service]]:
     """A server of the model on a free port of this machine, once it is ready: its address, and what runs behind it."""
     service = Service(
         model,
-        policies[-1].stride,
-        lambda: make_engine(model, policies, options),
+        max(policy.stride for policy in policies),
+        lambda: PagedEngine(model.model, policies, max(options.concurrency), options.capacity),
         max(options.concurrency),
         Metrics(name),
         say=lambda line: print(f"{name}: {line}", file=sys.stderr, flush=True),
@@ -203,12 +203,17 @@ def clients(url: str, vocabulary: int, levels: tuple[int, ...], options: Options
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def measure(url: str, name: str, vocabulary: int, options: Options) -> Iterator[dict[str, Any]]:
-    """What the clients say of every level."""
+def measure(url: str, service: Service, name: str, vocabulary: int, options: Options) -> Iterator[dict[str, Any]]:
+    """What the clients say of every level, and how many rounds the engine ran by which policy."""
+    before = rounds_by_policy(service)
     with clients(url, vocabulary, options.concurrency, options) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            yield {"way": name, "simulated_acceptance": options.simulated_acceptance, **json.loads(line)}
+            now = rounds_by_policy(service)
+            rounds = {policy: count - before.get(policy, 0) for policy, count in now.items()}
+            before = now
+            named = {"way": name, "simulated_acceptance": options.simulated_acceptance}
+            yield {**named, "rounds": {policy: count for policy, count in rounds.items() if count}, **json.loads(line)}
     if process.returncode:
         raise UserError(f"{name}: the clients ended with exit code {process.returncode}")
 
@@ -230,6 +235,12 @@ def idle(url: str, service: Service, vocabulary: int, level: int, options: Optio
         return idle_shares(read_trace(Path(folder))) if full else None
 
 
+def rounds_by_policy(service: Service) -> dict[str, int]:
+    """Rounds since the start."""
+    found = re.findall(r'idlm:rounds_total{.*?policy="(.*?)"} (\S+)', service.metrics.render().decode())
+    return {policy: int(float(count)) for policy, count in found}
+
+
 def _running(service: Service) -> float:
     found = re.search(rb"vllm:num_requests_running{.*?} (\S+)", service.metrics.render())
     assert found is not None
@@ -239,15 +250,27 @@ def _running(service: Service) -> float:
 def table(levels: list[dict[str, Any]], options: Options, title: str) -> Grid:
     """Every way at every number of clients; each line says how drafts were accepted."""
     ar = {level["concurrency"]: level for level in levels if level["way"] == "AR"}
-    header = ("clients", "", "tok/s, steady", "whole", "AR = 1", "of a request", "TPF", "TTFT p50 / p99, ms")
+    header = (
+        "clients",
+        "",
+        "rounds by",
+        "tok/s, steady",
+        "whole",
+        "AR = 1",
+        "of a request",
+        "TPF",
+        "TTFT p50 / p99, ms",
+    )
     rows = []
     for level in sorted(levels, key=lambda level: level["concurrency"]):
         steady, first, each = level["steady_tokens_per_second"], level["TTFT"], level["TPOT"]
         failed, waits = sum(level["errors"].values()), level.get("idle")
+        rounds = sum(level["rounds"].values())
         rows.append(
             (
                 str(level["concurrency"]),
                 level["way"] + (f", {failed} FAILED" if failed else ""),
+                ", ".join(f"{policy} {count / rounds:.0%}" for policy, count in level["rounds"].items()),
                 "-" if steady is None else f"{steady:,.0f}",
                 f"{level['tokens_per_second']:,.0f}",
                 f"{level['tokens_per_second'] / ar[level['concurrency']]['tokens_per_second']:.2f}",
@@ -265,7 +288,7 @@ def table(levels: list[dict[str, Any]], options: Options, title: str) -> Grid:
 
 
 def main(options: Options) -> None:
-    """Measure AR, then ISD, and print a table."""
+    """Measure one way after the other, and print a table."""
     rate = options.simulated_acceptance
     if rate is not None:
         if options.model is not None:
@@ -277,12 +300,14 @@ def main(options: Options) -> None:
         raise UserError(f"--trace {min(missing)} is none of the numbers of clients")
     model = make_language_model(options)
     isd = DecodeConfig(stride=options.stride, layout=options.layout)
-    ways = {"AR": (DecodeConfig(stride=1).policy(),), f"ISD N={isd.stride} {isd.layout}": (isd.policy(),)}
+    ways = {"AR": [DecodeConfig(stride=1).policy()], f"ISD N≤{isd.stride}": candidates(isd.policy())}
+    if options.fixed:
+        ways[f"ISD N={isd.stride} {isd.layout}"] = [isd.policy()]
     levels: list[dict[str, Any]] = []
     text = ""
     for name, policies in ways.items():
         with serving(model, policies, name, options) as (url, service):
-            for level in measure(url, name, model.config.vocab_size, options):
+            for level in measure(url, service, name, model.config.vocab_size, options):
                 levels.append(level)
                 print(f"{options.what}: {json.dumps(level)}", file=sys.stderr, flush=True)
             # Before the profiler, which can fail, and again after it.

@@ -1,6 +1,7 @@
 """``idlm serve``: answer the OpenAI HTTP API."""
 
 import logging
+import math
 import signal
 import sys
 from pathlib import Path
@@ -160,8 +161,8 @@ def _check(
         ("--port", port, 0),
     ):
         # Written so that it refuses nan.
-        if value is not None and not value >= least:
-            raise UserError(f"{flag} must be at least {least}, not {value}")
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"{flag} must be at least {least}{' and finite' * (value == math.inf)}, not {value}")
     if port > 65535:
         raise UserError(f"--port must be at most 65535, not {port}")
 

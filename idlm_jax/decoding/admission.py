@@ -1,6 +1,6 @@
 """Requests on their way into a batch that is already being decoded: who may come, and what the device is told."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -80,31 +80,32 @@ def admission(
 
     ``emitted`` are the tokens that each has emitted before it comes (again).
     """
-    padding = rows - len(group)
-    places, requests = zip(*group, *[(nowhere, Request(-1, [0], SamplingParams()))] * padding, strict=True)
-    nothing = np.empty(0, np.int32)
-    before = [*(emitted or [nothing] * len(group)), *[nothing] * padding]
+    requests = [request for _, request in group]
     sampling = [request.sampling for request in requests]
-    eos = np.full((rows, MOST_END_TOKENS), -1, np.int32)
-    for row, params in zip(eos, sampling, strict=True):
+    both = list(zip(requests, emitted or [np.empty(0, np.int32)] * len(group), strict=True))
+    eos: Any = np.full((rows, MOST_END_TOKENS), -1, np.int32)
+    for row, params in zip(eos, sampling, strict=False):
         ends = end_tokens(model, params)
         row[: len(ends)] = ends
+
     # Arrays of numpy: each jnp call here would be one more launch.
-    ints: Callable[[Any], Any] = partial(np.asarray, dtype=np.int32)
-    floats: Callable[[Any], Any] = partial(np.asarray, dtype=np.float32)
-    seeds: Any = np.asarray([params.seed or 0 for params in sampling], np.uint32)
-    both = list(zip(requests, before, strict=True))
+    def padded(values: Sequence[Any], dtype: Any, filler: int = 0) -> Any:
+        array = np.full(rows, filler, dtype)
+        array[: len(values)] = values
+        return array
+
+    ints, floats = partial(padded, dtype=np.int32), partial(padded, dtype=np.float32)
     return Admission(
-        place=ints(places),
+        place=ints([place for place, _ in group], filler=nowhere),
         length=ints([len(request.prompt) + len(said) - 1 for request, said in both]),
         pending=ints([said[-1] if len(said) else request.prompt[-1] for request, said in both]),
-        emitted=ints([len(said) for said in before]),
+        emitted=ints([len(said) for _, said in both]),
         max_tokens=ints([params.max_tokens for params in sampling]),
-        eos=ints(eos),
+        eos=eos,
         temperature=floats([params.temperature for params in sampling]),
         top_k=ints([max(params.top_k, 0) for params in sampling]),
         top_p=floats([params.top_p for params in sampling]),
-        seed=seeds,
+        seed=padded([params.seed or 0 for params in sampling], np.uint32),
     )
 
 

@@ -5,14 +5,17 @@ from what the call before has reported, and dispatches it; then it reads what th
 never waits for the host, and nothing is made anew when a request comes or goes.
 """
 
+import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import jax
 import numpy as np
 
+from idlm_jax.backbone.flat import flat
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.decoding.admission import MOST_END_TOKENS, Answer, Request, admission, check_admission
 from idlm_jax.decoding.cache import BIN, PAGE, cache_bytes
@@ -71,6 +74,10 @@ class Engine(Protocol):
         """Share of the cache that requests hold."""
         ...
 
+    def take_rounds(self) -> Mapping[str, int]:
+        """How many rounds were run since this was last asked, by the name of the policy."""
+        ...
+
     def warm_up(self, say: Callable[[str], None]) -> None:
         """Compile every program that requests can need."""
         ...
@@ -107,16 +114,19 @@ class PagedEngine:
         """``policies`` share everything but stride and layout.
 
         ``pages`` in all; by default what all places need at full length, as far as the device has room. Without
-        ``most_logprobs``, programs hold nothing for log-probabilities.
+        ``most_logprobs``, programs hold nothing for log-probabilities. Raises UserError where one request of full
+        length does not find room.
         """
         self._model, self._places, self.capacity = model, places, capacity
+        # For programs that are called again and again.
+        self._weights = flat(model)
         # Of the vocabulary, one token, the mask, is never emitted.
         self.most_logprobs = min(most_logprobs, model.config.vocab_size - 1)
         self._widest = max(policies, key=lambda policy: policy.stride)
         self._window = max(window_rows(policy.layout, policy.stride) for policy in policies)
         # The last token of a request is never stored.
         self._pages_a_request = -(-(capacity - 2 + self._window) // PAGE)
-        accounts = Pages(_pages_that_fit(model, 1 + places * self._pages_a_request) if pages is None else pages, PAGE)
+        accounts = Pages(self._pages_that_fit(pages), PAGE)
         self._scheduler = Scheduler(places, accounts, ROUNDS * self._widest.stride, self._window)
         self._strides = StrideChooser(policies)
         self._state = idle_paged_state(
@@ -130,6 +140,28 @@ class PagedEngine:
         )
         # The call whose report has not been read: by which policy, and whose.
         self._last: tuple[Report, Policy, list[Seat]] | None = None
+        self._rounds: Counter[str] = Counter()
+
+    def _pages_that_fit(self, asked: int | None) -> int:
+        config, dtype = self._model.config, self._model.dtype
+        room = _free_memory() / cache_bytes(config, 1, PAGE, dtype)
+        if asked is None:
+            # One more is ``BIN``.
+            asked = int(min(1 + self._places * self._pages_a_request, _MEMORY_SHARE * room))
+        elif asked > room:
+            raise UserError(
+                f"a cache of {_gigabytes(self._model, asked)} does not fit into the "
+                f"{_gigabytes(self._model, room)} that the device has left: lower --cache-gb"
+            )
+        if asked <= self._pages_a_request:
+            most = (asked - 1) * PAGE + 2 - self._window
+            needed = _gigabytes(self._model, self._pages_a_request + 1)
+            raise UserError(
+                f"a text of {self.capacity} tokens needs a cache of {needed}, and there are "
+                f"{_gigabytes(self._model, asked)}: "
+                + (f"lower --max-length to {most} or raise --cache-gb" if most > 1 else "raise --cache-gb")
+            )
+        return asked
 
     @property
     def places(self) -> int:
@@ -159,13 +191,6 @@ class PagedEngine:
             raise UserError("this engine keeps no log-probabilities")
         if request.logprobs is not None and not 0 <= request.logprobs <= self.most_logprobs:
             raise UserError(f"logprobs must be in 0 … {self.most_logprobs}, not {request.logprobs}")
-        pages = self._scheduler.pages
-        needed = pages.pages_for(self._scheduler.slots(request))
-        if needed > pages.most:
-            raise UserError(
-                f"prompt ({len(request.prompt)} tokens) + max_tokens ({request.sampling.max_tokens}) need {needed} "
-                f"pages of the cache, which has {pages.most}"
-            )
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests; raises UserError for the first that cannot run, and queues none of those after it."""
@@ -176,6 +201,11 @@ class PagedEngine:
     def cancel(self, ids: Collection[int]) -> None:
         """Forget requests; the call under way may still decode them, and its report of them is not read."""
         self._scheduler.cancel(set(ids))
+
+    def take_rounds(self) -> Mapping[str, int]:
+        """How many rounds were run since this was last asked, by the name of the policy."""
+        rounds, self._rounds = self._rounds, Counter()
+        return rounds
 
     def step(self) -> list[Answer]:
         """Start the next rounds; returns how far requests were when the rounds before had ended."""
@@ -219,7 +249,7 @@ class PagedEngine:
     def _store(self, tokens: np.ndarray, start: np.ndarray, tables: np.ndarray) -> None:
         policy = self._widest
         adapter_from = None if policy.gated else 0
-        cache = prefill_pages(self._model, self._state.cache, tokens, start, tables, adapter_from, policy.kernels)
+        cache = prefill_pages(self._weights, self._state.cache, tokens, start, tables, adapter_from, policy.kernels)
         self._state = replace(self._state, cache=cache)
 
     def _prefill_widths(self) -> Iterator[int]:
@@ -252,7 +282,7 @@ class PagedEngine:
         self, numbers: np.ndarray, trust: np.ndarray, wanted: np.ndarray, policy: Policy
     ) -> tuple[DecodeState, Report]:
         return run_requests(
-            self._model, self._state, numbers, trust, wanted, ROUNDS, policy, most_logprobs=self.most_logprobs
+            self._weights, self._state, numbers, trust, wanted, ROUNDS, policy, most_logprobs=self.most_logprobs
         )
 
     def _sizes(self) -> Iterator[int]:
@@ -264,17 +294,23 @@ class PagedEngine:
         yield self._places
 
     def _collect(self, report: Report, policy: Policy, seats: Sequence[Seat]) -> list[Answer]:
-        tokens, count, done = np.asarray(report.tokens), np.asarray(report.count), np.asarray(report.done)
-        history, rounds = np.asarray(report.history), np.asarray(report.rounds)
+        tokens, history = np.asarray(report.tokens), np.asarray(report.history)
+        count, rounds, done = (np.asarray(each).tolist() for each in (report.count, report.rounds, report.done))
         logprobs = report.logprobs and jax.tree.map(np.asarray, report.logprobs)
-        answers = []
+        self._rounds[_name(policy)] += max(rounds)
+        # AR has nothing to verify.
+        history = np.where(np.arange(ROUNDS) < np.array(rounds)[:, None], history if policy.stride > 1 else -1, -1)
+        answers, rows = [], []
         for row, seat in enumerate(seats):
             outcomes = history[row, : rounds[row]]
-            self._strides.observe(policy, outcomes)
             noted = logprobs and LogProbs(logprobs.ids[row], logprobs.values[row])
-            answer = self._scheduler.collect(seat, tokens[row, : count[row]], outcomes, bool(done[row]), noted)
+            answer = self._scheduler.collect(seat, tokens[row, : count[row]], outcomes, done[row], noted)
             if answer is not None:
                 answers.append(answer)
+                rows.append(row)
+        # What is thrown away teaches nothing: it is decoded again with the same noise, and under the ratio coupling the
+        # text has the right distribution only if the way it is decoded does not depend on that noise.
+        self._strides.observe(policy, history[rows])
         return answers
 
     def warm_up(self, say: Callable[[str], None]) -> None:
@@ -309,21 +345,21 @@ class PagedEngine:
         return min(seconds)
 
     def _occupy(self, size: int) -> None:
-        """Let places look as if requests were in them; they read and write the page that is nobody's."""
+        """Let places look as if requests were in them, each in pages of its own as far as there are enough."""
         # Greedy, without end tokens.
         sampling = SamplingParams(max_tokens=self.capacity, ignore_eos=True)
         length = min(_MEASURED_LENGTH, self.capacity // 2)
         group = [(place, Request(-1, [0] * length, sampling)) for place in range(size)]
         state = admit(self._state, admission(self._model, group, self._places, self._places))
-        slots = np.full(self._places, self._pages_a_request * PAGE, np.int32)
-        self._state = jax.block_until_ready(replace(state, slots=jax.device_put(slots)))
+        tables = np.arange(self._places * self._pages_a_request, dtype=np.int32) % self._scheduler.pages.most
+        tables = BIN + 1 + tables.reshape(self._places, -1)
+        self._state = jax.block_until_ready(give_pages(state, np.arange(self._places, dtype=np.int32), tables))
 
     def _rest(self) -> None:
-        """Nobody sits anywhere, and the programs of coming and going have run."""
-        nobody = np.full(self._places, self._places, np.int32)
-        state = give_pages(self._state, nobody, self._tables([], self._places, self._pages_a_request))
-        done = jax.device_put(np.ones(self._places, bool))
-        self._state = replace(state, done=done, slots=jax.device_put(np.zeros(self._places, np.int32)))
+        """Nobody sits anywhere."""
+        tables = self._tables([], self._places, self._pages_a_request)
+        state = give_pages(self._state, np.arange(self._places, dtype=np.int32), tables)
+        self._state = replace(state, done=jax.device_put(np.ones(self._places, bool)))
 
 
 def _name(policy: Policy) -> str:
@@ -335,10 +371,11 @@ def pages_in(model: Qwen3, memory: float) -> int:
     return int(memory) // cache_bytes(model.config, 1, PAGE, model.dtype)
 
 
-def _pages_that_fit(model: Qwen3, wanted: int) -> int:
-    """Pages for all places at full length, or as many as the free memory of the device holds."""
+def _gigabytes(model: Qwen3, pages: float) -> str:
+    return f"{pages * cache_bytes(model.config, 1, PAGE, model.dtype) / 1e9:.3g} GB"
+
+
+def _free_memory() -> float:
+    """Bytes that the device has left, as far as it tells."""
     stats = jax.local_devices()[0].memory_stats()
-    if not stats:
-        return wanted
-    free = stats["bytes_limit"] - stats["bytes_in_use"]
-    return max(2, min(wanted, pages_in(model, _MEMORY_SHARE * free)))
+    return stats["bytes_limit"] - stats["bytes_in_use"] if stats else math.inf

@@ -1,6 +1,7 @@
 """Prometheus metrics, under vLLM's names where it has them, so that its dashboards work; ours begin with ``idlm:``."""
 
 import time
+from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -38,6 +39,8 @@ class Metrics:
         self._drafted = counter("vllm:spec_decode_num_draft_tokens", "Drafts that were verified.")
         self._accepted = counter("vllm:spec_decode_num_accepted_tokens", "Drafts that were accepted.")
         self._forwards = counter("idlm:forwards", "Rounds that finished texts took part in.")
+        self._rounds = Counter("idlm:rounds", "Forward passes.", [*_LABELS, "policy"], registry=registry)
+        self._model = model
         self.engine_failures = counter("idlm:engine_failures", "Errors that ended the engine.")
         ends = Counter("vllm:request_success", "Texts that ended.", [*_LABELS, "finished_reason"], registry=registry)
         self._ends = {reason: ends.labels(model, reason) for reason in ("stop", "length", "abort")}
@@ -47,6 +50,11 @@ class Metrics:
         self._running.set(running)
         self._waiting.set(waiting)
         self._used.set(used)
+
+    def ran(self, rounds: Mapping[str, int]) -> None:
+        """Rounds that were run, by policy."""
+        for policy, count in rounds.items():
+            self._rounds.labels(self._model, policy).inc(count)
 
     def cancelled(self, texts: int) -> None:
         """Texts whose client has gone."""

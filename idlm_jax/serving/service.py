@@ -296,6 +296,7 @@ class Service:
 
     def _report_load(self) -> None:
         self.metrics.load(self._engine.running, self._engine.waiting, self._engine.cache_used)
+        self.metrics.ran(self._engine.take_rounds())
 
     def _feed(self, text: _Text, emission: Emission) -> Update:
         builder = text.builder

@@ -5,26 +5,29 @@ What a round costs is measured when the engine starts; how many drafts are accep
 always among the candidates, so that decoding is slower than AR by no more than the error of this estimate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 from jaxtyping import Int
 
 from idlm_jax.decoding.step import Policy
-from idlm_jax.decoding.window import LAYOUTS
+from idlm_jax.decoding.window import LAYOUTS, window_rows
 
 # The chance that a draft is accepted, given those before it, until something else was seen.
 _EXPECTED = 0.8
-# So many rounds that verified drafts later, half of what was seen before is forgotten.
+# So many verified drafts of a depth later, half of what was seen of it before is forgotten.
 _MEMORY = 512
-# Share of what is expected in what was seen that comes back with every call by AR, which sees nothing: sooner or later
-# drafts are tried again.
-_HOPE = 0.001
-# Share by which another way must be faster than the present one, so that noise does not switch.
+# With every call that has no drafts of a depth, the chance there comes nearer to 1 by this share: what has not been
+# seen for minutes is tried again, which costs about a hundredth of the speed.
+_HOPE = 0.0002
+# Share by which another way must be faster than the present one, so that noise does not switch; AR need not.
 _MARGIN = 0.03
-# A window whose round takes no longer than so many rounds of AR is as good as free.
-_FREE = 1.25
+# Share by which a way must be able to beat those that are measured, so that it is compiled and measured, too.
+_WORTH = 0.05
+# What may be accepted, for that: the chance of the first draft, and that of each further one as a share of the last.
+_CHANCES, _DECAYS = np.linspace(0.05, 1, 20), (1.0, 0.85, 0.7)
 
 
 def candidates(policy: Policy) -> list[Policy]:
@@ -43,41 +46,44 @@ class StrideChooser:
         self.policies = tuple(policies)
         # Seconds a round, by requests a call, and by policy.
         self._seconds: dict[int, dict[Policy, float]] = {}
-        depth = np.arange(1, max(policy.stride for policy in policies))
-        self._expected = _EXPECTED**depth
-        # Rounds that accepted the first k drafts, and those that had so many to verify; weighted by age.
-        self._accepted, self._verified = _MEMORY * self._expected, np.full(len(depth), float(_MEMORY))
+        # By depth: the chance that a draft is accepted, given those before it.
+        self._chance = np.full(max(policy.stride for policy in policies) - 1, _EXPECTED)
         self._last = self.policies[0]
 
     def worth_measuring(self, requests: int, policy: Policy) -> bool:
-        """Whether a way can be the best for so many requests, by what those before it were found to cost."""
+        """Whether a way can be clearly the best for so many requests, by what others were found to cost.
+
+        Taken as known: more rows never cost less, and each further one costs no less than those before it, as where a
+        round waits for memory first and for arithmetic later. Then what is left out is faster than the best of the
+        others by 7 % at most (tests/serving/test_stride.py).
+        """
         seconds = self._seconds.get(requests, {})
         if len(seconds) < 2:
             return True
-        ar, widest = (seconds[policy] for policy in self.policies[:2])
-        free = widest <= _FREE * ar
-        # Where windows are free, none but the widest can be best; where they cost, branches cost too much.
-        return free if policy.layout.name == "branch" else not free
+        least = _least_seconds(seconds, policy)
+        return any(
+            _speed(policy, least, prefix)
+            > (1 + _WORTH) * max(_speed(way, cost, prefix) for way, cost in seconds.items())
+            for prefix in _profiles(len(self._chance))
+        )
 
     def measured(self, requests: int, policy: Policy, seconds: float) -> None:
         """A round of so many requests takes so long."""
         self._seconds.setdefault(requests, {})[policy] = seconds
 
-    def observe(self, policy: Policy, history: Int[np.ndarray, " rounds"]) -> None:
+    def observe(self, policy: Policy, history: Int[np.ndarray, "*rounds"]) -> None:
         """Learn from rounds: how many drafts each accepted, -1 if it had none to verify."""
-        verified = history[history >= 0]
-        if not verified.size:
-            return
-        depth = np.arange(1, policy.stride)
-        keep, seen = 0.5 ** (verified.size / _MEMORY), slice(policy.stride - 1)
-        self._accepted[seen] = keep * self._accepted[seen] + np.sum(verified[:, None] >= depth, axis=0)
-        self._verified[seen] = keep * self._verified[seen] + verified.size
+        for depth in range(policy.stride - 1):
+            tried, accepted = np.count_nonzero(history >= depth), np.count_nonzero(history > depth)
+            if not tried:
+                break
+            keep = 0.5 ** (tried / _MEMORY)
+            self._chance[depth] = keep * self._chance[depth] + (1 - keep) * accepted / tried
 
     @property
     def acceptance(self) -> tuple[float, ...]:
-        """P_k: the share of verifying rounds that accepted the first k drafts, lately."""
-        # Deeper ones may be of longer ago, when more was accepted.
-        return tuple(np.minimum.accumulate(self._accepted / self._verified).tolist())
+        """P_k: the share of verifying rounds that accept the first k drafts, as far as it is known."""
+        return tuple(np.cumprod(self._chance).tolist())
 
     def choose(self, requests: int) -> Policy:
         """The policy for a call of so many requests, one of the numbers that were measured."""
@@ -85,13 +91,40 @@ class StrideChooser:
         if not seconds:
             return self.policies[0]
         acceptance = self.acceptance
-        speeds = {
-            policy: policy.layout.tokens_per_forward(acceptance[: policy.stride - 1]) / cost
-            for policy, cost in seconds.items()
-        }
+        speeds = {policy: _speed(policy, cost, acceptance) for policy, cost in seconds.items()}
         best = max(speeds, key=lambda policy: speeds[policy])
-        if speeds[best] > (1 + _MARGIN) * speeds.get(self._last, 0.0):
+        margin = 0.0 if best.stride == 1 else _MARGIN
+        if speeds[best] > (1 + margin) * speeds.get(self._last, 0.0):
             self._last = best
-        if self._last.stride == 1:
-            self._accepted += _HOPE * (self._expected * self._verified - self._accepted)
+        unseen = self._chance[self._last.stride - 1 :]
+        unseen += _HOPE * (1 - unseen)
         return self._last
+
+
+def _speed(policy: Policy, seconds: float, prefix: Sequence[float]) -> float:
+    """Tokens of a request a second."""
+    return policy.layout.tokens_per_forward(prefix[: policy.stride - 1]) / seconds
+
+
+def _rows(policy: Policy) -> int:
+    return window_rows(policy.layout, policy.stride)
+
+
+def _least_seconds(seconds: Mapping[Policy, float], policy: Policy) -> float:
+    """A bound on the cost of a way, from those that are known."""
+    rows = _rows(policy)
+    least = max(cost for way, cost in seconds.items() if _rows(way) <= rows)
+    widest = max(seconds, key=_rows)
+    more = rows - _rows(widest)
+    if more <= 0:
+        return least
+    slopes = [(seconds[widest] - cost) / (_rows(widest) - _rows(way)) for way, cost in seconds.items() if way != widest]
+    # The gentlest: the other differences may be noise.
+    return max(least, seconds[widest] + more * min(slopes))
+
+
+@cache
+def _profiles(depth: int) -> list[tuple[float, ...]]:
+    """Acceptance that may occur: P_k for so many drafts."""
+    each = np.arange(depth)
+    return [tuple(np.cumprod(chance * decay**each).tolist()) for chance in _CHANCES for decay in _DECAYS]

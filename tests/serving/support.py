@@ -1,6 +1,7 @@
 """What the serving tests share: a tiny model, an engine by script, and HTTP without a network."""
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -58,6 +59,9 @@ class ScriptedEngine:
     @property
     def cache_used(self) -> float:
         return self.running / self.places
+
+    def take_rounds(self) -> dict[str, int]:
+        return {}
 
     def warm_up(self, say: Callable[[str], None]) -> None:
         say("warm")
@@ -131,6 +135,45 @@ def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
 def client(app: FastAPI) -> httpx2.AsyncClient:
     """HTTP to an application in this process."""
     return httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test", timeout=120)
+
+
+class Client:
+    """A client at the level of ASGI: it can go away, and it can stop reading."""
+
+    def __init__(self, app: FastAPI, body: dict[str, Any] | bytes, path: str = "/v1/completions"):
+        self._app, self._path = app, path
+        self._body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.status = 0
+        self.gone, self.reading = asyncio.Event(), asyncio.Event()
+        self.reading.set()
+        self.received = b""
+        self._asked = False
+
+    async def ask(self) -> None:
+        """One POST."""
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": "POST",
+            "path": self._path,
+            "raw_path": self._path.encode(),
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+        }
+        await self._app(scope, self._receive, self._send)
+
+    async def _receive(self) -> dict[str, Any]:
+        if not self._asked:
+            self._asked = True
+            return {"type": "http.request", "body": self._body, "more_body": False}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:
+        self.status = message.get("status", self.status)
+        self.received += message.get("body", b"")
+        await self.reading.wait()
 
 
 def post(app: FastAPI, path: str, body: Any, **how: Any) -> httpx2.Response:

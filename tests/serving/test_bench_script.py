@@ -57,24 +57,32 @@ def test_acceptance_is_simulated_as_asked_and_every_line_says_so(tmp_path: Path)
     config = tmp_path / "tiny.json"
     config.write_text(json.dumps(load_yaml(ROOT / "configs" / "models" / "qwen3-8b.yaml") | TINY))
     sizes = ("--prompt-tokens", 8, "--output-tokens", 400, "--concurrency", 1, 4, "--dtype", "float32")
-    done = bench("--config", config, *sizes, "--simulated-acceptance", 0.8, "--trace", 4, "--output", tmp_path / "out")
+    more = ("--fixed", "--trace", 4, "--output", tmp_path / "out")
+    done = bench("--config", config, *sizes, "--simulated-acceptance", 0.8, *more)
     assert done.returncode == 0, done.stderr
     stored: Any = json.loads((tmp_path / "out" / "serve.json").read_text())
     by_way = {(level["way"], level["concurrency"]): level for level in stored["levels"]}
-    assert set(by_way) == {(way, clients) for way in ("AR", "ISD N=4 standard") for clients in (1, 4)}
+    ways = ("AR", "ISD N≤4", "ISD N=4 standard")
+    assert set(by_way) == {(way, clients) for way in ways for clients in (1, 4)}
     for (way, _), level in by_way.items():
         assert level["errors"] == {} and level["output_tokens"] == 8 * 400 and level["simulated_acceptance"] == 0.8
+        assert sum(level["rounds"].values()) >= 400 / 4
         if way == "AR":
-            assert level["tokens_per_forward"] == 1
+            assert level["tokens_per_forward"] == 1 and list(level["rounds"]) == ["AR"]
             continue
+        if way == "ISD N≤4":
+            # Whatever is the fastest here.
+            assert set(level["rounds"]) <= {"AR", *(f"N = {n} standard" for n in (2, 3, 4)), "N = 4 branch"}
+            continue
+        assert list(level["rounds"]) == ["N = 4 standard"]
         # About 1200 verifying rounds: four standard errors.
         assert level["acceptance"] == pytest.approx([0.8, 0.64, 0.512], abs=0.06)
         # method.md 6.2: (2 + P1 + P2) / (2 - P3).
         assert level["tokens_per_forward"] == pytest.approx((2 + 0.8 + 0.64) / (2 - 0.512), rel=0.04)
     lines = [line for line in done.stdout.splitlines() if line.startswith("| ")][2:]
-    assert len(lines) == 4 and all("SIMULATED at 0.8" in line for line in lines)
+    assert len(lines) == 6 and all("SIMULATED at 0.8" in line for line in lines)
     said = [line for line in done.stderr.splitlines() if '"way"' in line]
-    assert len(said) == 4 and all("SIMULATED at 0.8" in line for line in said)
+    assert len(said) == 6 and all("SIMULATED at 0.8" in line for line in said)
 
 
 @pytest.mark.slow

@@ -269,16 +269,43 @@ def test_warming_up_leaves_nothing_to_compile(caplog: pytest.LogCaptureFixture) 
 
 
 def test_a_request_that_asks_for_more_than_there_is_is_refused_before_it_waits() -> None:
-    engine = engine_of([AR], pages=4)
+    engine = engine_of([AR], pages=9)
     with pytest.raises(UserError, match=r"prompt \(20 tokens\) \+ max_tokens \(41\) exceeds the 60 tokens"):
         engine.submit([Request(0, [1] * 20, SamplingParams(max_tokens=41))])
-    with pytest.raises(
-        UserError, match=r"prompt \(20 tokens\) \+ max_tokens \(30\) need 7 pages of the cache, which has 3"
-    ):
-        engine.submit([Request(0, [1] * 20, SamplingParams(max_tokens=30))])
     assert not engine.running and not engine.waiting
-    engine.submit([Request(i, [1] * 5, SamplingParams(max_tokens=9)) for i in range(9)])
-    assert {a.request.id for a in serve(engine, [])} == set(range(9))
+    # It just has room for one of full length.
+    engine.submit([Request(i, [1] * 20, SamplingParams(max_tokens=40)) for i in range(3)])
+    assert {a.request.id for a in serve(engine, [])} == set(range(3))
+
+
+def test_a_cache_in_which_the_longest_text_finds_no_room_is_refused_at_once() -> None:
+    # A window of one row: 59 slots are 8 pages, and one page is nobody's.
+    with pytest.raises(UserError) as refused:
+        engine_of([AR], pages=8)
+    page = 2 * 2 * 2 * 8 * 8 * 4 / 1e9
+    assert str(refused.value) == (
+        f"a text of 60 tokens needs a cache of {9 * page:.3g} GB, and there are {8 * page:.3g} GB: lower --max-length "
+        "to 57 or raise --cache-gb"
+    )
+    PagedEngine(drafting_model(), [AR], 4, capacity=57, pages=8)
+    with pytest.raises(UserError, match="to 58 or raise"):
+        engine_of([BRANCH], pages=10)
+    with pytest.raises(UserError, match=r"are 4.1e-06 GB: raise --cache-gb"):
+        engine_of([BRANCH], pages=2)
+
+
+def test_outcomes_that_are_thrown_away_teach_nothing() -> None:
+    """Whoever was preempted decodes the same positions with the same noise again: the way must not depend on it."""
+    engine, learnt = engine_of([BRANCH], pages=PAGES), []
+    preempted = preemptions(engine)
+    observe = engine._strides.observe
+    engine._strides.observe = lambda policy, history: (
+        learnt.extend(history.ravel().tolist()) or observe(policy, history)
+    )
+    engine.submit(requests_of_all_kinds())
+    ended = {a.request.id: a.emission.history for a in serve(engine, []) if a.emission.done}
+    known = np.concatenate(list(ended.values()))
+    assert preempted and sum(outcome >= 0 for outcome in learnt) == np.sum(known >= 0)
 
 
 def test_drafts_of_a_smaller_stride_are_not_verified_by_a_larger_one() -> None:
@@ -294,6 +321,17 @@ def test_drafts_of_a_smaller_stride_are_not_verified_by_a_larger_one() -> None:
     assert max(history[4:8]) <= 1
 
 
+def test_rounds_are_counted_by_policy_and_those_of_ar_verify_nothing() -> None:
+    four = make_policy(4)
+    engine = engine_of([AR, four])
+    order = iter([AR, four, AR, AR])
+    engine._strides.choose = lambda requests: next(order)
+    engine.submit([Request(0, [1, 2], SamplingParams(max_tokens=MOST))])
+    histories = [answer.emission.history.tolist() for _ in range(4) for answer in engine.step()]
+    assert engine.take_rounds() == {"AR": 8, "N = 4 branch": 4} and not engine.take_rounds()
+    assert histories[-1][:5] == [-1] * 5 and min(histories[-1][5:8]) >= 0 and histories[-1][8:] == [-1] * 4
+
+
 def test_pages_are_as_many_as_the_device_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     model, policy = drafting_model(), make_policy(4)
     page = sum(array.nbytes for array in jax.tree.leaves(paged.idle_paged_state(model, policy, 1, 1, 1, 1, 1).cache))
@@ -301,3 +339,6 @@ def test_pages_are_as_many_as_the_device_has_room_for(monkeypatch: pytest.Monkey
     monkeypatch.setattr(engine_module.jax, "local_devices", lambda: [device()])
     assert engine_of([policy], model=model)._state.cache[0][0].shape[0] == 17
     assert jnp.float32 == model.dtype
+    assert engine_of([policy], pages=20, model=model)._state.cache[0][0].shape[0] == 20
+    with pytest.raises(UserError, match=r"a cache of 4.3e-05 GB does not fit into the 4.1e-05 GB that the device has"):
+        engine_of([policy], pages=21, model=model)

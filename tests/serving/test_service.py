@@ -8,49 +8,12 @@ from typing import Any
 
 import httpx2
 import pytest
-from fastapi import FastAPI
 
 from idlm_jax.serving.api import Limits
-from tests.serving.support import ScriptedEngine, client, get, post, serving, wait_for
+from tests.serving.support import Client, ScriptedEngine, client, get, post, serving, wait_for
 
 TEXT = "hello 12 and hello"
 BODY = {"model": "tiny", "prompt": "hi", "max_tokens": 50}
-
-
-class Client:
-    """A client at the level of ASGI: it can go away, and it can stop reading."""
-
-    def __init__(self, app: FastAPI, body: dict[str, Any]):
-        self._app, self._body = app, json.dumps(body).encode()
-        self.gone, self.reading = asyncio.Event(), asyncio.Event()
-        self.reading.set()
-        self.received = b""
-        self._asked = False
-
-    async def ask(self) -> None:
-        """One POST of a completion."""
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": "1.1",
-            "method": "POST",
-            "path": "/v1/completions",
-            "raw_path": b"/v1/completions",
-            "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
-        }
-        await self._app(scope, self._receive, self._send)
-
-    async def _receive(self) -> dict[str, Any]:
-        if not self._asked:
-            self._asked = True
-            return {"type": "http.request", "body": self._body, "more_body": False}
-        await self.gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def _send(self, message: Any) -> None:
-        self.received += message.get("body", b"")
-        await self.reading.wait()
 
 
 async def until(condition: Callable[[], Any]) -> None:
