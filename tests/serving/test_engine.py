@@ -35,12 +35,14 @@ from tests.decoding.helpers import (
 CAPACITY = LONGEST + MOST
 BRANCH = make_policy(4)
 PAGES = 20
+SIZES = PagedEngine._sizes
 POLICIES = [BRANCH, make_policy(3, "standard", "ratio", gated=False)]
 
 
 @pytest.fixture(autouse=True)
 def small_pages_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts of several pages, prompts of several chunks, chunks of several prompts."""
+    """Texts of several pages, prompts of several chunks, chunks of several prompts; one size of a call to compile."""
+    monkeypatch.setattr(PagedEngine, "_sizes", lambda self: iter([self.places]))
     for module in (paged, engine_module):
         monkeypatch.setattr(module, "PAGE", 8)
     monkeypatch.setattr(engine_module, "_FEWEST_PAGES", 2)
@@ -51,6 +53,12 @@ def small_pages_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         (scheduler, "PREFILL_BUDGET", 32),
     ):
         monkeypatch.setattr(module, name, value)
+
+
+@pytest.fixture
+def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of the size that their requests need, after all."""
+    monkeypatch.setattr(PagedEngine, "_sizes", SIZES)
 
 
 def engine_of(
@@ -85,6 +93,7 @@ def preemptions(engine: PagedEngine) -> list[int]:
     return preempted
 
 
+@pytest.mark.usefixtures("every_size")
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"N{p.stride}-{p.layout.name}-{p.coupling.name}")
 def test_texts_are_those_of_lone_requests(policy: Policy) -> None:
     expected, engine = alone(policy), engine_of([policy])
@@ -245,7 +254,8 @@ def test_a_shared_beginning_is_computed_once_and_changes_no_text() -> None:
 
 
 def test_a_long_prompt_does_not_stop_those_that_are_being_decoded() -> None:
-    engine = engine_of([AR])
+    # By the first, where no cost is known.
+    engine = engine_of([AR, BRANCH])
     engine.submit([Request(0, [1], SamplingParams(max_tokens=40))])
     engine.step()
     counts = prefilled(engine)
@@ -256,6 +266,7 @@ def test_a_long_prompt_does_not_stop_those_that_are_being_decoded() -> None:
     assert sum(counts) == 3 * (LONGEST - 1) and max(counts) <= 16 and len(counts) > 3
 
 
+@pytest.mark.usefixtures("every_size")
 def test_warming_up_leaves_nothing_to_compile(caplog: pytest.LogCaptureFixture) -> None:
     engine, lines = engine_of(candidates(make_policy(2))), []
     engine.warm_up(lines.append)
@@ -269,7 +280,7 @@ def test_warming_up_leaves_nothing_to_compile(caplog: pytest.LogCaptureFixture) 
 
 
 def test_a_request_that_asks_for_more_than_there_is_is_refused_before_it_waits() -> None:
-    engine = engine_of([AR], pages=9)
+    engine = engine_of([AR, BRANCH], pages=11)
     with pytest.raises(UserError, match=r"prompt \(20 tokens\) \+ max_tokens \(41\) exceeds the 60 tokens"):
         engine.submit([Request(0, [1] * 20, SamplingParams(max_tokens=41))])
     assert not engine.running and not engine.waiting

@@ -67,7 +67,9 @@ def test_a_hundred_requests_at_once_have_the_texts_of_generate() -> None:
 
     with serving(paged_engine, STRIDE, most_waiting=200) as (_, app):
         responses = asyncio.run(ask_all(app))
-        assert 'kv_cache_usage_perc{model_name="tiny"} 0.0' in get(app, "/metrics").text
+        metrics = get(app, "/metrics").text
+        assert 'kv_cache_usage_perc{model_name="tiny"} 0.0' in metrics
+        assert 'idlm:rounds_total{model_name="tiny",policy="N = 3 branch"}' in metrics
     for response, texts in zip(responses, expected(requests), strict=True):
         choices = response.json()["choices"]
         said = [(c["text"] if "text" in c else c["message"]["content"], c["finish_reason"]) for c in choices]
