@@ -252,12 +252,11 @@ class PagedEngine:
         cache = prefill_pages(self._weights, self._state.cache, tokens, start, tables, adapter_from, policy.kernels)
         self._state = replace(self._state, cache=cache)
 
-    def _prefill_widths(self) -> Iterator[int]:
-        width = _FEWEST_PAGES
-        while width < self._pages_a_request:
-            yield width
-            width *= _PAGES_FACTOR
-        yield self._pages_a_request
+    def _prefill_widths(self) -> list[int]:
+        widths = [self._pages_a_request]
+        while widths[0] >= _PAGES_FACTOR * _FEWEST_PAGES:
+            widths.insert(0, -(-widths[0] // _PAGES_FACTOR))
+        return widths
 
     def _start(self, seats: list[Seat]) -> tuple[Report, Policy, list[Seat]]:
         """Dispatch a call of rounds."""

@@ -55,6 +55,10 @@ class Pages:
         """How many pages hold so many slots."""
         return -(-slots // self.page)
 
+    def known(self, tokens: Tokens) -> int:
+        """How many pages hold the keys of the longest known beginning of tokens."""
+        return len(self._known(tokens))
+
     def begin(self, request: Hashable, tokens: Tokens, count: int, spare: int = 0) -> int | None:
         """Give a new request ``count`` pages; returns how many of them, the first, hold its tokens' keys already.
 

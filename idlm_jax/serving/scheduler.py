@@ -6,7 +6,7 @@ tell it.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -20,7 +20,8 @@ from idlm_jax.serving.pages import Pages
 
 # Prompt tokens that one prefill call takes, of several short prompts or of a long one: decoding is held up for so long.
 PREFILL_TOKENS = 512
-SHORTEST_CHUNK = 64
+# The smallest chunk; others have four times as many tokens, and so on: few programs, and not much padding.
+SHORTEST_CHUNK = 128
 # Most prompt tokens between two calls of rounds.
 PREFILL_BUDGET = 2048
 
@@ -224,9 +225,12 @@ class Scheduler:
             plan.pages.append(seat)
 
     def _admit(self, plan: Plan) -> None:
-        """Give waiting requests places and pages, in order: nobody overtakes the first."""
-        while self._waiting and self._free:
-            job = self._waiting[0]
+        """Give waiting requests places and pages, in order: where there are too few, nobody overtakes the first."""
+        for job in list(self._waiting):
+            if not self._free:
+                break
+            if self._can_share_soon(job):
+                continue
             seat = Seat(job, self._free[-1], 0, job.length - 1)
             count = self._wanted(seat)
             # A page for each that runs is left, so that the newcomer is not preempted at once.
@@ -234,7 +238,7 @@ class Scheduler:
             if known is None:
                 break
             seat.stored = known * self.pages.page
-            self._waiting.popleft()
+            self._waiting.remove(job)
             self._free.pop()
             self._seats[job.request.id] = seat
             plan.pages.append(seat)
@@ -242,6 +246,14 @@ class Scheduler:
                 plan.admit.append(seat)
             else:
                 self._prefilling.append(seat)
+
+    def _can_share_soon(self, job: Job) -> bool:
+        """Whether a prompt that is being stored begins as a job's does, further than pages that it could share now."""
+        if not self._prefilling:
+            return False
+        tokens, page = job.tokens[:-1], self.pages.page
+        shared = max(_common_length(tokens, seat.job.tokens[:-1]) for seat in self._prefilling)
+        return shared // page > self.pages.known(tokens)
 
     def _prefill(self, plan: Plan) -> None:
         """Chunks of the prompts that are not stored yet, in order."""
@@ -261,20 +273,24 @@ class Scheduler:
 
 
 def chunk_size(tokens: int) -> int:
-    """The smallest chunk, of powers of two, that holds so many tokens of a prompt, or the largest."""
+    """The smallest chunk that holds so many tokens of a prompt, or the largest."""
     size = SHORTEST_CHUNK
     while size < min(tokens, PREFILL_TOKENS):
-        size *= 2
+        size = min(4 * size, PREFILL_TOKENS)
     return size
 
 
-def chunk_sizes(longest: int) -> Iterator[int]:
+def chunk_sizes(longest: int) -> list[int]:
     """All sizes that chunks of prompts of up to ``longest`` tokens can have."""
-    size = SHORTEST_CHUNK
-    while size <= chunk_size(longest):
-        yield size
-        size *= 2
+    return sorted({chunk_size(tokens) for tokens in range(1, longest + 1)})
 
 
 def _next_chunk(seat: Seat, size: int) -> Chunk:
     return Chunk(seat, seat.stored, seat.job.tokens[seat.stored : min(seat.stored + size, seat.goal)])
+
+
+def _common_length(a: Int[np.ndarray, " m"], b: Int[np.ndarray, " n"]) -> int:
+    """How many tokens two texts have in common at their beginnings."""
+    shorter = min(len(a), len(b))
+    differ = np.flatnonzero(a[:shorter] != b[:shorter])
+    return int(differ[0]) if len(differ) else shorter

@@ -239,3 +239,16 @@ def test_nobody_overtakes_the_first_in_the_line() -> None:
     plan = schedule.plan()
     assert [seat.job.request.id for seat in plan.pages] == [0]
     assert schedule.running == 1 and schedule.waiting == 2
+
+
+def test_prompts_that_begin_alike_and_come_together_wait_for_the_first_and_share_its_pages() -> None:
+    pages, prompt = Pages(60, PAGE), list(range(13))
+    schedule, device = Scheduler(4, pages, ROUNDS * STRIDE, WINDOW), Device(4, 60)
+    schedule.submit([request(0, prompt, 5), request(1, prompt, 5), request(2, [7] * 5, 5), request(3, prompt, 5)])
+    plan = schedule.plan()
+    # The others do not hold up who has nothing to do with them.
+    assert [seat.job.request.id for seat in plan.pages] == [0, 2]
+    device.do(plan, pages, np.random.default_rng(0))
+    texts = run_to_the_end(schedule, device)
+    assert set(texts) == {0, 1, 2, 3}
+    assert device.prefilled == 12 + 4
