@@ -6,7 +6,7 @@ Run on an accelerator, by hand::
     python scripts/bench_serve.py --model MODEL.gguf --adapter smollm2-n4 --concurrency 1 8 64 256 --output runs/smollm2
 
 The server is that of ``idlm serve``, in this process; the clients are ``idlm bench serve``, in a process of their own.
-One engine after the other: AR alone, then ISD by the strides and layouts up to ``--stride`` that are fastest at each
+AR alone, then ISD by the strides and layouts up to ``--stride`` that are fastest at each
 load, AR among them; with ``--fixed`` also by ``--stride`` and ``--layout`` alone. The table says which share of the
 rounds each way of decoding had. Without ``--model`` weights are random, in the shape of ``--config``, with a
 word-level tokenizer of the same vocabulary, and prompts are random tokens. ``--trace 1 64`` also looks at the device
@@ -54,7 +54,7 @@ from idlm_jax.serving.api import Limits, Settings, create_app
 from idlm_jax.serving.engine import PagedEngine
 from idlm_jax.serving.metrics import Metrics
 from idlm_jax.serving.service import Service
-from idlm_jax.serving.stride import candidates
+from idlm_jax.serving.stride import StrideChooser, candidates
 from pallas_kernels.verify.reference import leading, row_keys
 
 _CHATS = Path(ifeval.__file__).with_name("ifeval_prompts.jsonl")
@@ -159,12 +159,13 @@ def simulate_acceptance(rate: float) -> None:
 @contextmanager
 def serving(
     model: LanguageModel, policies: Sequence[Policy], name: str, options: Options
-) -> Iterator[tuple[str, Service]]:
+) -> Iterator[tuple[str, Service, StrideChooser]]:
     """A server of the model on a free port of this machine, once it is ready: its address, and what runs behind it."""
+    engine = PagedEngine(model.model, policies, max(options.concurrency), options.capacity)
     service = Service(
         model,
         max(policy.stride for policy in policies),
-        lambda: PagedEngine(model.model, policies, max(options.concurrency), options.capacity),
+        lambda: engine,
         max(options.concurrency),
         Metrics(name),
         say=lambda line: print(f"{name}: {line}", file=sys.stderr, flush=True),
@@ -181,7 +182,7 @@ def serving(
             time.sleep(0.05)
         if service.state != "ready":
             raise UserError(f"{name}: the engine is {service.state}; the log above says why")
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", service
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", service, engine.strides
     finally:
         server.should_exit = True
         thread.join()
@@ -300,22 +301,25 @@ def main(options: Options) -> None:
         raise UserError(f"--trace {min(missing)} is none of the numbers of clients")
     model = make_language_model(options)
     isd = DecodeConfig(stride=options.stride, layout=options.layout)
-    ways = {"AR": [DecodeConfig(stride=1).policy()], f"ISD N≤{isd.stride}": candidates(isd.policy())}
+    all_ways = candidates(isd.policy())
+    # Of an engine, its policies, and those that each way may use.
+    engines = [(all_ways, {"AR": all_ways[:1], f"ISD N≤{isd.stride}": all_ways})]
     if options.fixed:
-        ways[f"ISD N={isd.stride} {isd.layout}"] = [isd.policy()]
+        engines.append(([isd.policy()], {f"ISD N={isd.stride} {isd.layout}": [isd.policy()]}))
     levels: list[dict[str, Any]] = []
     text = ""
-    for name, policies in ways.items():
-        with serving(model, policies, name, options) as (url, service):
-            for level in measure(url, service, name, model.config.vocab_size, options):
-                levels.append(level)
-                print(f"{options.what}: {json.dumps(level)}", file=sys.stderr, flush=True)
-            # Before the profiler, which can fail, and again after it.
-            text = report(levels, model, options)
-            for level in levels[-len(options.concurrency) :]:
-                if level["concurrency"] in options.trace:
-                    level["idle"] = idle(url, service, model.config.vocab_size, level["concurrency"], options)
-        text = report(levels, model, options)
+    for policies, ways in engines:
+        with serving(model, policies, next(iter(ways)), options) as (url, service, strides):
+            for name, strides.allowed in ways.items():
+                for level in measure(url, service, name, model.config.vocab_size, options):
+                    levels.append(level)
+                    print(f"{options.what}: {json.dumps(level)}", file=sys.stderr, flush=True)
+                # Before the profiler, which can fail, and again after it.
+                text = report(levels, model, options)
+                for level in levels[-len(options.concurrency) :]:
+                    if level["concurrency"] in options.trace:
+                        level["idle"] = idle(url, service, model.config.vocab_size, level["concurrency"], options)
+                text = report(levels, model, options)
     print(text)
 
 

@@ -128,7 +128,8 @@ class PagedEngine:
         self._pages_a_request = -(-(capacity - 2 + self._window) // PAGE)
         accounts = Pages(self._pages_that_fit(pages), PAGE)
         self._scheduler = Scheduler(places, accounts, ROUNDS * self._widest.stride, self._window)
-        self._strides = StrideChooser(policies)
+        # Says how a call is decoded.
+        self.strides = StrideChooser(policies)
         self._state = idle_paged_state(
             model,
             self._widest,
@@ -261,7 +262,7 @@ class PagedEngine:
     def _start(self, seats: list[Seat]) -> tuple[Report, Policy, list[Seat]]:
         """Dispatch a call of rounds."""
         size = next(size for size in self._sizes() if size >= len(seats))
-        policy = self._strides.choose(size)
+        policy = self.strides.choose(size)
         numbers, trust = np.full(size, self._places, np.int32), np.zeros(size, bool)
         numbers[: len(seats)] = [seat.place for seat in seats]
         trust[: len(seats)] = [seat.stride >= policy.stride for seat in seats]
@@ -309,7 +310,7 @@ class PagedEngine:
                 rows.append(row)
         # What is thrown away teaches nothing: it is decoded again with the same noise, and under the ratio coupling the
         # text has the right distribution only if the way it is decoded does not depend on that noise.
-        self._strides.observe(policy, history[rows])
+        self.strides.observe(policy, history[rows])
         return answers
 
     def warm_up(self, say: Callable[[str], None]) -> None:
@@ -322,11 +323,11 @@ class PagedEngine:
             tables = np.full((rows, width + 1), BIN, np.int32)
             self._store(np.zeros((rows, size), np.int32), np.zeros(rows, np.int32), tables)
         for size in self._sizes():
-            for policy in self._strides.policies:
-                if len(self._strides.policies) > 1 and not self._strides.worth_measuring(size, policy):
+            for policy in self.strides.policies:
+                if len(self.strides.policies) > 1 and not self.strides.worth_measuring(size, policy):
                     continue
                 seconds = self._measure(size, policy)
-                self._strides.measured(size, policy, seconds)
+                self.strides.measured(size, policy, seconds)
                 say(f"compiled {size} requests at once, {_name(policy)}: {1e3 * seconds:.2f} ms a round")
         self._rest()
         say(f"ready after {time.monotonic() - began:.0f} s")

@@ -5,7 +5,7 @@ What a round costs is measured when the engine starts; how many drafts are accep
 always among the candidates, so that decoding is slower than AR by no more than the error of this estimate.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -44,6 +44,8 @@ class StrideChooser:
     def __init__(self, policies: Sequence[Policy]):
         """As ``candidates`` gives them, or one; the first is used where no cost is known."""
         self.policies = tuple(policies)
+        # Those that may be chosen now.
+        self.allowed: Collection[Policy] = self.policies
         # Seconds a round, by requests a call, and by policy.
         self._seconds: dict[int, dict[Policy, float]] = {}
         # By depth: the chance that a draft is accepted, given those before it.
@@ -91,7 +93,7 @@ class StrideChooser:
         if not seconds:
             return self.policies[0]
         acceptance = self.acceptance
-        speeds = {policy: _speed(policy, cost, acceptance) for policy, cost in seconds.items()}
+        speeds = {way: _speed(way, cost, acceptance) for way, cost in seconds.items() if way in self.allowed}
         best = max(speeds, key=lambda policy: speeds[policy])
         margin = 0.0 if best.stride == 1 else _MARGIN
         if speeds[best] > (1 + margin) * speeds.get(self._last, 0.0):

@@ -75,7 +75,7 @@ class Served:
         # Of the prompt, whose pages are shared, none are taken; a text grows by two more.
         self.engine = PagedEngine(_model(cell.adapter), ways(cell), places, capacity, (rows + 1) * places)
         self.preempted, self.used = 0, set()
-        strides, schedule, accepted, calls = self.engine._strides, self.engine._scheduler, [0], itertools.count()
+        strides, schedule, accepted, calls = self.engine.strides, self.engine._scheduler, [0], itertools.count()
         grow, begin = schedule._grow, schedule.pages.begin
         # Those who come leave nothing for others, and get no more than they need at once.
         schedule.pages.begin = lambda request, tokens, count, spare: begin(request, tokens, count)

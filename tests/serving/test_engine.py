@@ -93,7 +93,6 @@ def preemptions(engine: PagedEngine) -> list[int]:
     return preempted
 
 
-@pytest.mark.usefixtures("every_size")
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"N{p.stride}-{p.layout.name}-{p.coupling.name}")
 def test_texts_are_those_of_lone_requests(policy: Policy) -> None:
     expected, engine = alone(policy), engine_of([policy])
@@ -112,7 +111,7 @@ def test_texts_stay_the_same_where_pages_are_short_and_requests_are_preempted(po
     cost = np.random.default_rng(3)
     if len(policies) > 1:
         # Whatever a call decodes by.
-        engine._strides.choose = lambda requests: policies[cost.integers(len(policies))]
+        engine.strides.choose = lambda requests: policies[cost.integers(len(policies))]
     preempted, texts = preemptions(engine), {}
     engine.submit(requests_of_all_kinds())
     for answer in serve(engine, []):
@@ -142,7 +141,7 @@ def test_log_probabilities_are_those_of_a_plain_forward_for_whoever_asks(gated: 
     """AR, standard and branch windows by turns, where pages are short; asking changes no text."""
     policies = [BRANCH, make_policy(4, "standard"), AR] if gated else [POLICIES[1]]
     engine, rng = engine_of(policies, pages=PAGES if gated else None), np.random.default_rng(3)
-    engine._strides.choose = lambda requests: policies[rng.integers(len(policies))]
+    engine.strides.choose = lambda requests: policies[rng.integers(len(policies))]
     asked = [replace(r, logprobs=(None, 0, None, 3, 20)[r.id % 5]) for r in requests_of_all_kinds()]
     preempted = preemptions(engine)
     engine.submit(asked)
@@ -309,10 +308,8 @@ def test_outcomes_that_are_thrown_away_teach_nothing() -> None:
     """Whoever was preempted decodes the same positions with the same noise again: the way must not depend on it."""
     engine, learnt = engine_of([BRANCH], pages=PAGES), []
     preempted = preemptions(engine)
-    observe = engine._strides.observe
-    engine._strides.observe = lambda policy, history: (
-        learnt.extend(history.ravel().tolist()) or observe(policy, history)
-    )
+    observe = engine.strides.observe
+    engine.strides.observe = lambda policy, history: learnt.extend(history.ravel().tolist()) or observe(policy, history)
     engine.submit(requests_of_all_kinds())
     ended = {a.request.id: a.emission.history for a in serve(engine, []) if a.emission.done}
     known = np.concatenate(list(ended.values()))
@@ -324,7 +321,7 @@ def test_drafts_of_a_smaller_stride_are_not_verified_by_a_larger_one() -> None:
     two, four = make_policy(2), make_policy(4)
     engine = engine_of([AR, four, two])
     order = iter([four, two, four, two])
-    engine._strides.choose = lambda requests: next(order)
+    engine.strides.choose = lambda requests: next(order)
     engine.submit([Request(0, [1, 2], SamplingParams(max_tokens=MOST))])
     emissions = [answer.emission.history.tolist() for _ in range(4) for answer in engine.step()]
     history = emissions[-1]
@@ -336,7 +333,7 @@ def test_rounds_are_counted_by_policy_and_those_of_ar_verify_nothing() -> None:
     four = make_policy(4)
     engine = engine_of([AR, four])
     order = iter([AR, four, AR, AR])
-    engine._strides.choose = lambda requests: next(order)
+    engine.strides.choose = lambda requests: next(order)
     engine.submit([Request(0, [1, 2], SamplingParams(max_tokens=MOST))])
     histories = [answer.emission.history.tolist() for _ in range(4) for answer in engine.step()]
     assert engine.take_rounds() == {"AR": 8, "N = 4 branch": 4} and not engine.take_rounds()
