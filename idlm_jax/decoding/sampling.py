@@ -10,6 +10,7 @@ from pallas_kernels.verify.reference import (
     Filters,
     GumbelCoupling,
     RatioCoupling,
+    empty_drafts,
     filtered_log_probs,
     gumbel_argmax,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "Filters",
     "GumbelCoupling",
     "RatioCoupling",
+    "empty_drafts",
     "filtered_log_probs",
     "gumbel_argmax",
 ]
