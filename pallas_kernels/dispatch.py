@@ -99,7 +99,7 @@ def triton_obstacle() -> str | None:
 
 
 def on_one_device(array: Array) -> bool:
-    """Whether an array is all there is where this runs: there is no mesh, or this is each device's part of a program."""
+    """Whether an array is whole where this runs: there is no mesh, or this is each device's part of a program."""
     mesh = jax.typeof(array).sharding.mesh
     return mesh.empty or mesh.are_all_axes_manual
 

@@ -47,7 +47,7 @@ class WeightSource(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Configuration:
     """A source that has shapes alone, for programs that are compiled and not run."""
 

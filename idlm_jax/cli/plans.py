@@ -84,7 +84,9 @@ def _show(reports: "Sequence[Report]") -> None:
     if table.row_count:
         console.print("Collectives of a step, and the bytes that one device sends by them", soft_wrap=True)
         console.print(table)
-    table = Table("target", "compute", "memory", "links", "at least", "bound by", "at most", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        "target", "compute", "memory", "links", "at least", "bound by", "at most", box=SIMPLE_HEAD, pad_edge=False
+    )
     for report in reports:
         if report.seconds is None:
             continue
@@ -93,7 +95,9 @@ def _show(reports: "Sequence[Report]") -> None:
         rate = f"{report.tokens / seconds.estimate:,.0f} tokens/s"
         table.add_row(report.target, *(f"{1e3 * time:.3g} ms" for time in times), seconds.bound, rate)
     if table.row_count:
-        console.print("Estimate of a step: each resource at the rate of its data sheet, all at the same time", soft_wrap=True)
+        console.print(
+            "Estimate of a step: each resource at the rate of its data sheet, all at the same time", soft_wrap=True
+        )
         console.print(table)
     for report in reports:
         if not report.fits:

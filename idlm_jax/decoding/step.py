@@ -125,7 +125,13 @@ def _choose_tokens(
     run = {"removed": removed, "implementation": policy.kernels}
     positions = emitted[:, None] + jnp.arange(stride)
     accepted, token = verify(
-        logits, filters, coupling, drafts or empty_drafts(coupling, logits.shape[0], 0, logits.shape[2]), warm, positions, **run
+        logits,
+        filters,
+        coupling,
+        drafts or empty_drafts(coupling, logits.shape[0], 0, logits.shape[2]),
+        warm,
+        positions,
+        **run,
     )
     if drafts is None:
         return accepted, token, None

@@ -77,7 +77,9 @@ def proposed_tp(model: ModelConfig, work: Workload, target: Target) -> int:
         if target.count % tp == 0 and model.num_key_value_heads % tp == 0 and work.batch % (target.count // tp) == 0
     ]
     if not fitting:
-        raise UserError(f"a batch of {work.batch} cannot be split over the chips of {target.name}; give another --batch")
+        raise UserError(
+            f"a batch of {work.batch} cannot be split over the chips of {target.name}; give another --batch"
+        )
     weights = parameter_count(model) * _DTYPE.itemsize
     cache = cache_bytes(model, work.batch, work.slots, _DTYPE) / target.count
     return next((tp for tp in fitting if weights / tp + cache <= _SHARE * target.chip.memory), fitting[-1])
@@ -133,10 +135,9 @@ def _weights(model: ModelConfig, rank: int, everywhere: Sharding, mesh: Mesh | N
     specs = ShardingRules().adapter_specs(model, settings, mesh)
 
     def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        keys = [getattr(key, "key", None) for key in path]
         spec = PartitionSpec()
-        if keys[0] == "layers":
-            module, name, side = keys[2:]
+        if path[0].key == "layers":
+            module, name, side = (key.key for key in path[2:])
             spec = PartitionSpec(*specs[module][name][side][1:])  # without the axis of stacked layers
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 

@@ -21,14 +21,16 @@ _HEAD = re.compile(r"(?:ROOT )?%([^ ]+) = ")
 _COMPUTATION = re.compile(r"(ENTRY )?%([^ ]+) \(.*\{$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body)=%([\w.\-]+)")
 _NAME = re.compile(r"%([\w.\-]+)")
+# One of output_to_operand_aliasing={{0}: (2, {}), …}.
+_ALIAS = re.compile(r"\{[\d, ]*\}: \((\d+), \{[\d, ]*\}")
 # These move nothing, or what they move is told by others.
-_FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier domain "
-    "while conditional call async-start async-update async-done".split()
-)
-_FREE_CALLS = frozenset(
-    "AllocateBuffer ConcatBitcast AssumeGatherIndicesInBound AsyncCollectiveStart AsyncCollectiveDone Sharding".split()
-)
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
+    "opt-barrier", "domain", "while", "conditional", "call", "async-start", "async-update", "async-done",
+}  # fmt: skip
+_FREE_CALLS = {
+    "AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollectiveStart", "AsyncCollectiveDone",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ class Program:
             if target and target[1] in _FREE_CALLS:
                 return 0
             # An operand that the result takes the place of is changed in few places.
-            for _, operand in re.findall(r"\{([\d, ]*)\}: \((\d+),", _aliases(instruction)):
+            for operand in _ALIAS.findall(instruction.attributes):
                 result -= sizes[int(operand)]
                 sizes[int(operand)] = 0
         if opcode.endswith("-start"):
@@ -276,11 +278,6 @@ def _sent(kind: str, given: int, taken: int, size: int) -> int:
         return given
     share = {"all-gather": taken, "reduce-scatter": given, "all-reduce": 2 * given}.get(kind, given)
     return share * (size - 1) // size
-
-
-def _aliases(instruction: Instruction) -> str:
-    begin = instruction.attributes.find("output_to_operand_aliasing=")
-    return instruction.attributes[begin : instruction.attributes.find("}}", begin) + 2] if begin >= 0 else ""
 
 
 def _updated(body: Computation) -> list[Instruction]:

@@ -82,7 +82,9 @@ def examine(
     assert memory is not None, "every backend of ours tells the memory of a program"
     # What is donated becomes the result; anything else that is returned comes on top.
     temporary = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    program = Program(compiled.as_text(), target.count)
+    text = compiled.as_text()
+    assert text is not None, "every compiler of ours tells its program"
+    program = Program(text, target.count)
     collectives = program.collectives()
     seconds = Seconds(
         compute=flops / chip.peak,

@@ -41,8 +41,8 @@ CHIPS = {
     # Memory of the H100 as XLA describes it (h100_sxm.txtpb).
     "h100": Chip("gpu 9.0", 84_929_347_584, 989.4e12, 3.35e12, 450e9, _GPUS),
     "h200": Chip("gpu 9.0", 141 * 10**9, 989.4e12, 4.8e12, 450e9, _GPUS),
-    # Google's pages of Cloud TPUs (cloud.google.com/tpu/docs/v5e, v5p, v6e). A v5e is said to have 400 GB/s of links and
-    # a v6e 800 in both directions, a v5p 4800 Gbit/s in one. Memory as their compiler gives it to programs.
+    # Google's pages of Cloud TPUs (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e). Links are said to have 400 GB/s (v5e)
+    # and 800 GB/s (v6e) in both directions, 4800 Gbit/s (v5p) in one. Memory is what their compiler gives to programs.
     "v5e": Chip("tpu", int(15.75 * _GIB), 197e12, 819e9, 200e9, _SQUARES),
     "v5p": Chip("tpu", int(95.74 * _GIB), 459e12, 2765e9, 600e9, _CUBES),
     "v6e": Chip("tpu", int(31.25 * _GIB), 918e12, 1638e9, 400e9, _SQUARES),
@@ -77,8 +77,10 @@ class Target:
             ).devices
         # Processes run side by side, and libtpu's look for a machine's other hosts would only take time.
         os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost", TPU_SKIP_MDS_QUERY="1")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")  # any: else it says that it does not know
         name = f"{self.name.partition('-')[0]}:{topology}"
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        one_host = {"chips_per_host_bounds": (1, 1, 1)} if self.count == 1 else {}
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **one_host).devices
 
 
 def parse_target(name: str) -> Target:

@@ -1,11 +1,10 @@
 """The training step of a run, compiled for devices that are not there."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 
-from idlm_jax.backbone.adapter import AdapterConfig
 from idlm_jax.backbone.qwen3 import Remat
 from idlm_jax.checkpoint.open import open_source
 from idlm_jax.checkpoint.source import Configuration, WeightSource
@@ -88,7 +87,8 @@ def _flops(setup: Setup, step: AbstractStep) -> float:
         length=config.length,
         block_size=step.objective.groups.block_size,
         clean_rows=tokens,
-        **({"rank": adapter.rank, "target_modules": adapter.target_modules} if adapter else {}),
+        rank=adapter.rank if adapter else 0,
+        target_modules=adapter.target_modules if adapter else (),
         soft=step.objective.noisy_loss in SOFT_LOSSES,
         again=Remat(config.remat) is not Remat.NONE,
     )

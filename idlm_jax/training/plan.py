@@ -12,7 +12,7 @@ from idlm_jax.backbone.sharding import BATCH_AXES
 from idlm_jax.training.config import TrainConfig
 from idlm_jax.training.groups import Batch
 from idlm_jax.training.objective import Objective
-from idlm_jax.training.params import Flat, trained_names
+from idlm_jax.training.params import trained_names
 from idlm_jax.training.setup import Setup
 from idlm_jax.training.step import TrainState, init_state, make_train_step, objective_of
 
@@ -48,7 +48,7 @@ class AbstractStep:
     # Noisy rows of a row of tokens.
     noisy_rows: int
     state: TrainState
-    frozen: Flat
+    frozen: dict[str, jax.ShapeDtypeStruct]
     batch: Batch
 
     def lower(self) -> jax.stages.Lowered:

@@ -42,7 +42,10 @@ def model_on(mesh: Mesh | None) -> Qwen3:
     layers = [
         {
             module: {
-                name: {side: jax.device_put(x, NamedSharding(mesh, jax.P(*specs[module][name][side][1:]))) for side, x in ab.items()}
+                name: {
+                    side: jax.device_put(x, NamedSharding(mesh, jax.P(*specs[module][name][side][1:])))
+                    for side, x in ab.items()
+                }
                 for name, ab in names.items()
             }
             for module, names in layer.items()
