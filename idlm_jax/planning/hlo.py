@@ -28,6 +28,7 @@ _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "opt-barrier", "domain", "while", "conditional", "call", "async-start", "async-update", "async-done",
 }  # fmt: skip
+_IN_PLACE = ("dynamic-update-slice", "scatter")
 _FREE_CALLS = {
     "AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollectiveStart", "AsyncCollectiveDone",
 }  # fmt: skip
@@ -79,12 +80,17 @@ class Computation:
 
 def array_bytes(text: str, everywhere: bool = True) -> int:
     """Bytes of a type, all parts of a tuple; of those in main memory alone, unless ``everywhere``."""
-    total = 0
+    return sum(size for size, in_main in _arrays(text) if everywhere or in_main)
+
+
+def _arrays(text: str) -> list[tuple[int, bool]]:
+    """Bytes of every array of a type, and whether it is in main memory."""
+    arrays = []
     for dtype, sizes, layout in _ARRAY.findall(text):
-        if everywhere or not re.search(r"S\([1-9]", layout):
-            bits = next((bits for name, bits in _BITS.items() if dtype == name), 8 if dtype.startswith("f8") else 0)
-            total += math.prod(int(size) for size in sizes.split(",") if size) * bits // 8
-    return total
+        bits = _BITS.get(dtype, 8 if dtype.startswith("f8") else 0)
+        size = math.prod(int(size) for size in sizes.split(",") if size) * bits // 8
+        arrays.append((size, not re.search(r"S\([1-9]", layout)))
+    return arrays
 
 
 def group_size(attributes: str, devices: int) -> int:
@@ -189,14 +195,18 @@ class Program:
         operands = [computation.instructions[name] for name in instruction.operands]
         sizes = [array_bytes(operand.type, everywhere=False) for operand in operands]
         result = array_bytes(instruction.type, everywhere=False)
-        if opcode == "fusion":
+        if opcode.endswith("-start") and opcode.removesuffix("-start") not in COLLECTIVES:
+            # The type also holds what was given.
+            made = _arrays(instruction.type)[len(operands) :]
+            result = sum(size for size, in_main in made if in_main)
+            if opcode != "fusion-start":
+                return made[0][0] + result  # a copy or slice reads as much as it makes
+        if opcode in ("fusion", "fusion-start"):
             return self._moved_by_fusion(self.computations[instruction.called[0]], sizes, result)
         if opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * result
-        if opcode == "dynamic-update-slice":
-            return 2 * sizes[1]
-        if opcode == "scatter":
-            return 2 * sizes[-1]
+        if opcode in _IN_PLACE:
+            return 2 * array_bytes(computation.instructions[_update(instruction)].type)
         if opcode == "custom-call":
             target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
             if target and target[1] in _FREE_CALLS:
@@ -206,8 +216,7 @@ class Program:
                 result -= sizes[int(operand)]
                 sizes[int(operand)] = 0
         if opcode.endswith("-start"):
-            # Of copies and slices between memories the type tells both sides; of collectives too.
-            return result
+            return result  # of a collective the type tells both sides
         return sum(sizes) + max(result, 0)
 
     def _moved_by_fusion(self, body: Computation, sizes: list[int], result: int) -> int:
@@ -223,7 +232,7 @@ class Program:
                 size = 0
             total += size
         for updated in _updated(body):
-            result -= array_bytes(updated.type) - array_bytes(body.instructions[updated.operands[1]].type)
+            result -= array_bytes(updated.type) - array_bytes(body.instructions[_update(updated)].type)
         return total + max(result, 0)
 
 
@@ -289,14 +298,19 @@ def _updated(body: Computation) -> list[Instruction]:
     for root in roots:
         while root.opcode in ("bitcast", "copy") and root.operands:
             root = body.instructions[root.operands[0]]
-        if root.opcode == "dynamic-update-slice":
+        if root.opcode in _IN_PLACE:
             found.append(root)
     return found
 
 
+def _update(instruction: Instruction) -> str:
+    """What an update in place puts there."""
+    return instruction.operands[1] if instruction.opcode == "dynamic-update-slice" else instruction.operands[-1]
+
+
 def _updates(user: Instruction, parameter: Instruction, body: Computation) -> bool:
     """Whether a parameter is only what an update in place changes."""
-    if user.opcode != "dynamic-update-slice":
+    if user.opcode not in _IN_PLACE:
         return False
     first = body.instructions[user.operands[0]]
     while first.opcode == "bitcast":

@@ -176,6 +176,14 @@ def test_bytes_moved_leave_out_memory_on_the_chip_and_what_is_not_touched():
 }
 """
     assert Program(slices, 1).moved_bytes() == 2 * 400 + (400 + 4 + 400) + 400
+    fetched = """ENTRY %main (a: f32[64,100]) -> f32[8,100] {
+  %a = f32[64,100]{1,0} parameter(0)
+  %begun = ((f32[64,100]{1,0}), f32[8,100]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:8], [0:100]}
+  %done = f32[8,100]{1,0:S(1)} slice-done(%begun)
+  ROOT %copied = f32[8,100]{1,0} copy(%done)
+}
+"""
+    assert Program(fetched, 1).moved_bytes() == 3200 + 3200
 
 
 def test_a_report_says_what_bounds_a_step_and_whether_it_fits():
