@@ -53,7 +53,7 @@ check: $(VENV)/.installed-eval
 # The plug-ins only compile: without a chip neither can be the default device. One process, for a whole step takes gigabytes.
 aot: .venv-aot/.installed
 	@echo "Compiling for accelerators"
-	@JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -q -m aot tests/kernels $(TEST_ARGS)
+	@JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -q -m aot tests/kernels tests/planning $(TEST_ARGS)
 
 .venv-aot/.installed: pyproject.toml requirements/pins.txt requirements/aot.txt
 	$(call make_venv,.venv-aot)

@@ -6,13 +6,15 @@ same functions. Kernels by Triton are in ``gpu.py``.
 
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 import pallas_kernels
@@ -21,9 +23,26 @@ _MODULES = {"gpu 9.0": "gpu", "tpu": "tpu"}
 _log = logging.getLogger(__name__)
 
 
-@cache
+_assumed: ContextVar[str | None] = ContextVar("assumed", default=None)
+
+
 def device() -> str:
     """The platform computations run on by default, with the compute capability of a GPU: "cpu", "tpu", "gpu 9.0"."""
+    return _assumed.get() or _present()
+
+
+@contextmanager
+def assumed(name: str) -> Iterator[None]:
+    """Inside, ``device`` has this name: what is traced here is compiled for a device that need not be there."""
+    token = _assumed.set(name)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+@cache
+def _present() -> str:
     platform = jax.default_backend()
     if platform != "gpu":
         return platform
@@ -79,12 +98,21 @@ def triton_obstacle() -> str | None:
     return None
 
 
-def on_each_device(function: Callable[..., Array], q: Array, *others: object) -> Array:
-    """``function(q, *others)``; on a mesh, each device's part of it, which lies as that of ``q`` does."""
-    if jax.typeof(q).sharding.mesh.empty:
-        return function(q, *others)
-    spec: PartitionSpec = jax.typeof(q).sharding.spec
-    return jax.shard_map(function, out_specs=spec, check_vma=False)(q, *others)
+def on_one_device(array: Array) -> bool:
+    """Whether an array is whole where this runs: there is no mesh, or this is each device's part of a program."""
+    mesh = jax.typeof(array).sharding.mesh
+    return mesh.empty or mesh.are_all_axes_manual
+
+
+def on_each_device(function: Callable[..., Any], *arguments: Any, results: int = 1) -> Any:
+    """``function(*arguments)``; on a mesh, each device's part of it.
+
+    It returns ``results`` arrays, as a tuple if there are several, which lie as the first of the arguments do.
+    """
+    if on_one_device(arguments[0]):
+        return function(*arguments)
+    specs = tuple(jax.typeof(argument).sharding.spec for argument in arguments[:results])
+    return jax.shard_map(function, out_specs=specs if results > 1 else specs[0], check_vma=False)(*arguments)
 
 
 @cache

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from idlm_jax.config import RopeConfig
@@ -29,14 +30,17 @@ def split_axes(x: Array) -> tuple | None:
     return None if sharding.mesh.empty else tuple(sharding.spec)
 
 
-def matmul(x: Float[Array, "*rows I"], kernel: Float[Array, "I O"]) -> Float[Array, "*rows O"]:
-    """``x @ kernel`` in the dtype of ``x``; float32 inputs are multiplied in float32 on every platform.
+def matmul(
+    x: Float[Array, "*rows I"], kernel: Float[Array, "I O"], dtype: DTypeLike | None = None
+) -> Float[Array, "*rows O"]:
+    """``x @ kernel`` in the dtype of ``x``, or summed in ``dtype``; float32 is multiplied in float32 on every platform.
 
     On a mesh the rows stay where they are: a kernel split over the mesh axes of the batch is gathered, and where the
     summed axis is split (the second product of a tensor-parallel pair) the sum is whole on each device.
     """
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.matmul(x, kernel, precision=precision, out_sharding=_product_sharding(x, kernel))
+    sharding = _product_sharding(x, kernel)
+    return jnp.matmul(x, kernel, precision=precision, preferred_element_type=dtype, out_sharding=sharding)
 
 
 def _product_sharding(x: Array, kernel: Array) -> PartitionSpec | None:

@@ -26,6 +26,7 @@ from idlm_jax.backbone.layers import (
     RMSNorm,
     Rope,
     apply_rope,
+    matmul,
     rms_norm,
     rope_tables,
     split_axes,
@@ -304,9 +305,11 @@ class Qwen3(nnx.Module):
         return self.embedding[...] if self.lm_head is None else self.lm_head[...].T
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-        """Next-token logits in float32: products in the model's dtype, sums in float32."""
-        precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-        return jnp.matmul(hidden, self.head().T, precision=precision, preferred_element_type=jnp.float32)
+        """Next-token logits in float32: products in the model's dtype, sums in float32.
+
+        On a mesh each device has its part of the vocabulary.
+        """
+        return matmul(hidden, self.head().T, jnp.float32)
 
 
 def causal_attention(batch: int, length: int) -> Attend:

@@ -1,14 +1,16 @@
 """Logical axes to mesh axes: the one place that says how a weight is laid out over devices (design.md 9)."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from idlm_jax.backbone.adapter import AdapterConfig, adapted_weights
 from idlm_jax.backbone.weights import Weight
 from idlm_jax.config import ModelConfig
+from idlm_jax.errors import UserError
 
 # The mesh of training: copies of the model, shards of weights and batch, and shards of heads, MLP and vocabulary.
 MESH_AXES = ("data", "fsdp", "tp")
@@ -57,3 +59,16 @@ def weight_sharding(mesh: Mesh, rules: ShardingRules | None = None) -> Callable[
     """The sharding of every row of the weight table, in the form that ``load_params`` takes."""
     rules = rules or ShardingRules()
     return lambda weight: NamedSharding(mesh, rules.spec(weight, mesh))
+
+
+def cache_spec(mesh: Mesh | AbstractMesh, requests: int, kv_heads: int) -> PartitionSpec:
+    """Partition of a key/value cache [requests, key heads, slots, head_dim].
+
+    Requests that the mesh cannot split are on every device; key heads that it cannot split are refused.
+    """
+    sizes = [mesh.shape.get(axis, 1) for axis in (*BATCH_AXES, "tp")]
+    if kv_heads % sizes[-1]:
+        raise UserError(f"mesh: tp {sizes[-1]} does not divide the model's {kv_heads} key heads")
+    split = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
+    by_request = split if split and requests % math.prod(sizes[:-1]) == 0 else None
+    return PartitionSpec(by_request, "tp" if "tp" in mesh.shape else None, None, None)

@@ -5,6 +5,7 @@ whole checkpoint.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -46,6 +47,31 @@ class WeightSource(Protocol):
     def copy_companions(self, target: Path) -> None:
         """Write config.json, generation_config.json, tokenizer files and chat template into ``target``."""
         ...
+
+
+@dataclass
+class Configuration:
+    """A source that has shapes alone, for programs that are compiled and not run."""
+
+    path: Path
+    config: ModelConfig
+    kind: str = "configuration"
+    hf_config: dict[str, Any] = field(default_factory=dict)
+
+    def read(self, weight: Weight) -> np.ndarray:
+        """There is nothing to read."""
+        raise UserError(f"{self.path} describes a model; it has no weights")
+
+    def stored_dtype(self, weight: Weight) -> np.dtype:
+        """There is nothing stored."""
+        return self.read(weight).dtype
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """There is none."""
+        raise UserError(f"{self.path} describes a model; it has no tokenizer")
+
+    def copy_companions(self, target: Path) -> None:
+        """There are none."""
 
 
 def read_each(source: WeightSource, weights: Iterable[Weight]) -> Iterator[np.ndarray]:

@@ -52,8 +52,7 @@ def summarize(path_or_hub_id: str | Path, fold: bool = True) -> Summary:
     """Describe a checkpoint, a Hub model, a bare config.json or a YAML file; ``fold`` makes one row of all layers."""
     path = Path(path_or_hub_id)
     if path.suffix in (".json", ".yaml", ".yml"):
-        hf = companions.read_json(path) if path.suffix == ".json" else load_yaml(path)
-        config = ModelConfig.from_hf(hf, str(path))
+        hf, config = _read(path), read_config(path)
         dtype = _config_dtype(hf, path)
         return _summary(str(path), "configuration", config, lambda weight: (dtype, dtype.name), fold)
     source = open_source(path_or_hub_id)
@@ -65,6 +64,15 @@ def summarize(path_or_hub_id: str | Path, fold: bool = True) -> Summary:
         return dtype, dtype.name if stored_type is None else f"{stored_type(weight)} → {dtype.name}"
 
     return _summary(str(path_or_hub_id), source.kind, source.config, describe, fold)
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The model that a bare config.json or a YAML file describes; raises UserError."""
+    return ModelConfig.from_hf(_read(path), str(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return companions.read_json(path) if path.suffix == ".json" else load_yaml(path)
 
 
 def kv_cache_size(config: ModelConfig, dtype: np.dtype, batch: int, length: int) -> int:

@@ -22,6 +22,7 @@ VERBS = {
     "data": "prepare, synthesize and inspect training data",
     "eval": "measure what a model or an adapter has learnt",
     "bench": "measure and predict how fast decoding is",
+    "plan": "compile a step for devices that are not there: memory, traffic, least time",
     "fetch": "download the model of the demo",
 }
 GROUPS = {
@@ -37,6 +38,10 @@ GROUPS = {
     "bench": {
         "analyse": "tokens/s by stride, layout and batch, from acceptance and step times",
         "serve": "load on a running server: tokens/s and times by the number of clients",
+    },
+    "plan": {
+        "train": "a training step on GPUs or a slice of TPUs",
+        "decode": "a round of decoding on GPUs or a slice of TPUs",
     },
 }
 

@@ -18,9 +18,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from idlm_jax.backbone.qwen3 import Attend
+from idlm_jax.backbone.sharding import cache_spec
 from idlm_jax.config import ModelConfig
 from pallas_kernels.decode_attention.api import paged_window_attention, window_attention
 from pallas_kernels.decode_attention.reference import place_in_pages
+from pallas_kernels.dispatch import on_each_device
 
 # Keys and values, of each pool in turn; or pages of both.
 LayerCache = tuple[Float[Array, "B K S d"], ...]
@@ -45,12 +47,25 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) ->
     return init_pools(config, [(batch, slots)], dtype)
 
 
+def init_pages(config: ModelConfig, pages: int, dtype: jnp.dtype) -> Cache:
+    """An empty cache of pages; on a mesh each device has its key heads of all of them."""
+    return _init(config, [(pages, PAGE)], dtype, shared=True)
+
+
 def init_pools(config: ModelConfig, pools: Sequence[tuple[int, int]], dtype: jnp.dtype) -> Cache:
-    """An empty cache of (requests, slots each) pools."""
-    heads, size = config.num_key_value_heads, config.head_dim
+    """An empty cache of (requests, slots each) pools; on a mesh each device has its requests and key heads."""
+    return _init(config, pools, dtype, shared=False)
+
+
+def _init(config: ModelConfig, pools: Sequence[tuple[int, int]], dtype: jnp.dtype, shared: bool) -> Cache:
+    heads, size, mesh = config.num_key_value_heads, config.head_dim, jax.sharding.get_abstract_mesh()
+
+    def empty(batch: int, slots: int) -> Array:
+        spec = None if mesh.empty else cache_spec(mesh, 1 if shared else batch, heads)
+        return jnp.zeros((batch, heads, slots, size), dtype, out_sharding=spec)
 
     def layer() -> LayerCache:
-        return tuple(jnp.zeros((batch, heads, slots, size), dtype) for batch, slots in pools for _ in ("k", "v"))
+        return tuple(empty(*pool) for pool in pools for _ in ("k", "v"))
 
     return tuple(layer() for _ in range(config.num_hidden_layers))
 
@@ -125,12 +140,16 @@ def cached_attention(
 ) -> Attend:
     """Attention of a window over a cache: store the window's keys and values, then attend to prefix and window."""
 
+    def store_and_attend(
+        q: Array, keys: Array, values: Array, k: Array, v: Array, length: Array, mask: Array, pages: Array | None
+    ) -> tuple[Array, Array, Array]:
+        keys, values = (write_rows(old, new, length, pages) for old, new in ((keys, k), (values, v)))
+        return attend_window(q, keys, values, pages, length, mask, implementation), keys, values
+
     def attend(q: Array, k: Array, v: Array, state: LayerCache) -> tuple[Array, LayerCache]:
         def attend_pool(pool: slice, keys: Array, values: Array) -> tuple[Array, Array, Array]:
-            length = length_B[pool]
-            keys, values = (write_rows(old, new[pool], length, pages_BN) for old, new in ((keys, k), (values, v)))
-            out = attend_window(q[pool], keys, values, pages_BN, length, mask_BWW[pool], implementation)
-            return out, keys, values
+            new = (k[pool], v[pool], length_B[pool], mask_BWW[pool])
+            return on_each_device(store_and_attend, q[pool], keys, values, *new, pages_BN, results=3)
 
         return over_pools(attend_pool, state, pages_BN)
 

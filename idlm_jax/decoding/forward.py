@@ -11,9 +11,10 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from idlm_jax.backbone.layers import AdaptedLinear, FusedLinear, Linear, rope_tables
+from idlm_jax.backbone.layers import AdaptedLinear, FusedLinear, Linear, rope_tables, split_axes
 from idlm_jax.backbone.qwen3 import Attention, Block, Qwen3
 from idlm_jax.decoding.cache import Cache, LayerCache, attend_window, cached_attention, over_pools
 from pallas_kernels.decode_attention.api import packed_window_attention, packing
@@ -36,9 +37,13 @@ def forward(
     """Final hidden states of the windows, and the cache with their keys and values at slots ``length …``.
 
     Every row sees the slots before its request's length and, inside the window, what the mask (row, key) allows. Of a
-    paged cache ``pages`` are those of each request.
+    paged cache ``pages`` are those of each request. On a mesh a request's window goes where its cache lies.
     """
     dtype = cache[0][0].dtype
+    axes = split_axes(cache[0][0])
+    if axes is not None:
+        own = (tokens, positions, length_B, mask_BWW)
+        tokens, positions, length_B, mask_BWW = jax.reshard(own, PartitionSpec(axes[0]))
     if choose(kernels, tokens, dtype, model.config.head_dim, partial(_lacking, model, dtype)) == "xla":
         return model(tokens, positions, cached_attention(length_B, mask_BWW, kernels, pages_BN), cache, adapter_from)
     from pallas_kernels.decode_layer import gpu  # needs the optional packages

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.decoding.cache import Cache, bucket, init_pools
 from idlm_jax.decoding.logprobs import LogProbs
-from idlm_jax.decoding.sampling import Drafts, Filters
+from idlm_jax.decoding.sampling import Filters, empty_drafts
 from idlm_jax.decoding.step import DecodeState, Policy, decode_rounds, prefill_chunk
 from idlm_jax.decoding.window import window_rows
 from idlm_jax.errors import UserError
@@ -205,14 +205,12 @@ def idle_state(
 ) -> DecodeState:
     """A batch of requests that are all done: pools of (requests, cache slots), room for emitted and end tokens each."""
     batch = sum(requests for requests, _ in pools)
-    depth = policy.stride - 1
-    log_q = jnp.zeros((batch, depth, model.config.vocab_size)) if policy.coupling.stores_q else None
     return DecodeState(
         cache=init_pools(model.config, pools, model.dtype),
         slots=jnp.asarray([slots for requests, slots in pools for _ in range(requests)], jnp.int32),
         length=jnp.zeros(batch, jnp.int32),
         pending=jnp.zeros(batch, jnp.int32),
-        drafts=Drafts(jnp.zeros((batch, depth), jnp.int32), log_q),
+        drafts=empty_drafts(policy.coupling, batch, policy.stride - 1, model.config.vocab_size),
         warm=jnp.zeros(batch, bool),
         tokens=jnp.zeros((batch, room), jnp.int32),
         emitted=jnp.zeros(batch, jnp.int32),

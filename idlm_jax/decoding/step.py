@@ -5,17 +5,22 @@ the device; the loop is one ``lax.while_loop`` that stops after a number of roun
 decoding are the same call.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
+from idlm_jax.backbone.layers import split_axes
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.decoding.cache import BIN, Cache
 from idlm_jax.decoding.forward import forward
 from idlm_jax.decoding.logprobs import Record, note
-from idlm_jax.decoding.sampling import Coupling, Drafts, Filters
+from idlm_jax.decoding.sampling import Coupling, Drafts, Filters, empty_drafts
 from idlm_jax.decoding.window import Layout, build_window, window_rows
 from pallas_kernels.verify.api import draft, verify
 
@@ -92,34 +97,12 @@ def decode_round(model: Qwen3, state: DecodeState, policy: Policy) -> DecodeStat
         policy.kernels,
         pages,
     )
+    choose = partial(_choose_tokens, policy=policy, removed=mask_token_id)
+    # At stride 1 there are none, and arrays without elements cannot be exchanged (XLA on CPU crashes, jax 0.11.2).
+    before = None if stride == 1 else state.drafts
     logits = model.logits(hidden)
-    positions = state.emitted[:, None] + jnp.arange(stride)
-    accepted, token = verify(
-        logits,
-        state.filters,
-        policy.coupling,
-        state.drafts,
-        state.warm,
-        positions,
-        mask_token_id,
-        implementation=policy.kernels,
-    )
-
-    if stride > 1:
-        first_row = stride + policy.layout.surviving_group(accepted) * (stride - 1)
-        rows = first_row[:, None] + jnp.arange(stride - 1)
-        after_token = (positions + accepted[:, None] + 1)[:, :-1]
-        drafts = draft(
-            logits,
-            rows,
-            state.filters,
-            policy.coupling,
-            after_token,
-            mask_token_id,
-            implementation=policy.kernels,
-        )
-    else:
-        drafts = state.drafts
+    accepted, token, new = _by_request(choose, logits, state.filters, before, state.warm, state.emitted)
+    drafts = state.drafts if new is None else new
     after = replace(
         state,
         cache=cache,
@@ -132,9 +115,55 @@ def decode_round(model: Qwen3, state: DecodeState, policy: Policy) -> DecodeStat
     if state.logprobs is None:
         return after
     # Clean row i decides the i-th token of the round, an accepted draft or the token after them.
-    tokens = jnp.take_along_axis(after.tokens, positions, axis=1)
+    tokens = jnp.take_along_axis(after.tokens, state.emitted[:, None] + jnp.arange(stride), axis=1)
     record = note(state.logprobs, logits, tokens, state.emitted, active, mask_token_id)
     return replace(after, logprobs=record)
+
+
+def _choose_tokens(
+    logits: Float[Array, "B W V"],
+    filters: Filters,
+    drafts: Drafts | None,
+    warm: Bool[Array, " B"],
+    emitted: Int[Array, " B"],
+    *,
+    policy: Policy,
+    removed: int | None,
+) -> tuple[Int[Array, " B"], Int[Array, " B"], Drafts | None]:
+    """Number of drafts accepted, the token that follows them, and the next drafts; no drafts are None."""
+    stride, coupling = policy.stride, policy.coupling
+    run = {"removed": removed, "implementation": policy.kernels}
+    positions = emitted[:, None] + jnp.arange(stride)
+    accepted, token = verify(
+        logits,
+        filters,
+        coupling,
+        drafts or empty_drafts(coupling, logits.shape[0], 0, logits.shape[2]),
+        warm,
+        positions,
+        **run,
+    )
+    if drafts is None:
+        return accepted, token, None
+    first_row = stride + policy.layout.surviving_group(accepted) * (stride - 1)
+    rows = first_row[:, None] + jnp.arange(stride - 1)
+    after_token = (positions + accepted[:, None] + 1)[:, :-1]
+    return accepted, token, draft(logits, rows, filters, coupling, after_token, **run)
+
+
+def _by_request(function: Callable[..., Any], logits: Float[Array, "B W V"], *others: Any) -> Any:
+    """``function`` of logits and what else there is of each request; on a mesh, each device does some requests.
+
+    Each needs its requests' whole rows of the vocabulary: an exchange of what lies split over it is far less than
+    gathering all of it everywhere. The results are everywhere.
+    """
+    axes = split_axes(logits)
+    if axes is None:
+        return function(logits, *others)
+    mesh = jax.typeof(logits).sharding.mesh
+    spec = PartitionSpec(tuple(mesh.axis_names) if logits.shape[0] % mesh.size == 0 else axes[0])
+    result = jax.shard_map(function, out_specs=spec, check_vma=False)(*jax.reshard((logits, *others), spec))
+    return jax.reshard(result, PartitionSpec())
 
 
 def running(state: DecodeState, policy: Policy) -> Bool[Array, " B"]:

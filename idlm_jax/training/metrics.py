@@ -257,8 +257,11 @@ def useful_flops(
     rank: int = 0,
     target_modules: Sequence[str] = tuple(TARGET_MODULES),
     soft: bool = False,
+    again: bool = False,
 ) -> float:
     """FLOPs that a training step cannot do without; what is computed again, or for rows without loss, does not count.
+
+    With ``again`` the layers' forward pass counts twice where there is a gradient: so much is done without storing.
 
     ``tokens`` pass through the clean stream, ``noisy_rows`` (those with loss) through the noisy one; ``clean_rows`` of
     the former carry loss. ``length`` is the mean length of the document that a token is in (``document_tokens``);
@@ -282,10 +285,12 @@ def useful_flops(
     pair = 4 * layers * heads_dim
     if mode == "gated-lora":
         clean = tokens * (body + pair * keys)
-        noisy = noisy_rows * (2 * body + 3 * lora + pair * (2 * keys + (block_size + 1) / 2))
+        a_row = 2 * body + 3 * lora + pair * (2 * keys + (block_size + 1) / 2)
+        noisy = noisy_rows * (a_row + again * (body + lora + pair * keys))
         return clean + noisy + noisy_rows * head * (3 if soft else 2)
     passes = 2 if mode == "lora" else 3
-    a_row = passes * body + 3 * pair * keys + (3 * lora if mode == "lora" else 0)
+    lora *= mode == "lora"
+    a_row = passes * body + 3 * pair * keys + 3 * lora + again * (body + pair * keys + lora)
     rows = tokens if mode == "ar" else tokens + noisy_rows
     with_loss = clean_rows if mode == "ar" else clean_rows + noisy_rows
     return rows * a_row + with_loss * passes * head

@@ -11,9 +11,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from idlm_jax.backbone.sharding import BATCH_AXES
 from idlm_jax.training.config import TrainConfig
 from idlm_jax.training.groups import Batch
+from idlm_jax.training.objective import Objective
 from idlm_jax.training.params import trained_names
 from idlm_jax.training.setup import Setup
-from idlm_jax.training.step import init_state, make_train_step, objective_of
+from idlm_jax.training.step import TrainState, init_state, make_train_step, objective_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,25 @@ def plan(config: TrainConfig) -> Plan:
         return _plan(setup)
 
 
-def _plan(setup: Setup) -> Plan:
+@dataclass(frozen=True)
+class AbstractStep:
+    """The step of the stage with the most noisy rows, and the shapes that it takes."""
+
+    step: jax.stages.Wrapped
+    objective: Objective
+    # Noisy rows of a row of tokens.
+    noisy_rows: int
+    state: TrainState
+    frozen: dict[str, jax.ShapeDtypeStruct]
+    batch: Batch
+
+    def lower(self) -> jax.stages.Lowered:
+        """For the devices of the mesh that it was made for."""
+        return self.step.lower(self.state, self.frozen, self.batch)
+
+
+def abstract_step(setup: Setup) -> AbstractStep:
+    """What a run would compile; to be called with its mesh set."""
     config, builder = setup.config, setup.builder
     shapes, shardings = builder.shapes(), builder.shardings(setup.mesh)
     trained = trained_names(shapes, config.mode, config.freeze)
@@ -61,10 +80,17 @@ def _plan(setup: Setup) -> Plan:
     rows_of = [objective.groups.groups(config.length) * objective.groups.block_size for objective in objectives]
     widest = max(range(len(objectives)), key=rows_of.__getitem__)
     step = make_train_step(builder, objectives[widest], setup.optimizer, config.seed)
-    analysis = step.lower(state, frozen, batch).compile().memory_analysis()
+    noisy_rows = 0 if config.mode == "ar" else rows_of[widest]
+    return AbstractStep(step, objectives[widest], noisy_rows, state, frozen, batch)
+
+
+def _plan(setup: Setup) -> Plan:
+    config, abstract = setup.config, abstract_step(setup)
+    params, frozen = abstract.state.params, abstract.frozen
+    analysis = abstract.lower().compile().memory_analysis()
     assert analysis is not None, "every backend of ours tells the memory of a program"
     weights = [
-        (name, array.shape, str(array.dtype), _bytes(array), name in params)
+        (name, array.shape, str(array.dtype), device_bytes(array), name in params)
         for name, array in (params | frozen).items()
     ]
     return Plan(
@@ -72,19 +98,23 @@ def _plan(setup: Setup) -> Plan:
         devices=f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         rows=config.batch_size,
         tokens=config.batch_size * config.length,
-        noisy_rows=0 if config.mode == "ar" else config.batch_size * rows_of[widest],
+        noisy_rows=config.batch_size * abstract.noisy_rows,
         weights=weights,
         memory={
-            "trained weights": sum(map(_bytes, params.values())),
-            "optimizer": sum(map(_bytes, jax.tree.leaves(state.optimizer))),
-            "frozen weights": sum(map(_bytes, frozen.values())),
+            "trained weights": device_bytes(params),
+            "optimizer": device_bytes(abstract.state.optimizer),
+            "frozen weights": device_bytes(frozen),
             "gradients and activations": analysis.temp_size_in_bytes,
             "total": analysis.argument_size_in_bytes + analysis.temp_size_in_bytes,
         },
     )
 
 
-def _bytes(array: jax.ShapeDtypeStruct) -> int:
-    """Of one device's part."""
-    shape = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
-    return math.prod(shape) * array.dtype.itemsize
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device has of arrays, or of shapes that say where they lie."""
+
+    def size(array: Any) -> int:
+        shape = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
+        return math.prod(shape) * array.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))

@@ -1,6 +1,6 @@
 """From a TrainConfig to what a run needs: mesh, weights, optimizer, data; checked before anything is spent."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -40,10 +40,10 @@ from idlm_jax.training.params import (
 from idlm_jax.training.step import TrainState, init_state, make_optimizer
 
 
-def make_mesh(settings: MeshSettings, config: ModelConfig) -> Mesh:
-    """The mesh of a run over all devices; raises UserError when the devices or the heads cannot be split so."""
+def make_mesh(settings: MeshSettings, config: ModelConfig, over: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run over all devices (``over``: those); raises UserError when they or the heads cannot be split."""
     sizes = {axis: getattr(settings, axis) for axis in MESH_AXES}
-    devices = jax.device_count()
+    devices = jax.device_count() if over is None else len(over)
     given = int(np.prod([size for size in sizes.values() if size != -1]))
     sizes = {axis: max(1, devices // given) if size == -1 else size for axis, size in sizes.items()}
     shape = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
@@ -51,7 +51,7 @@ def make_mesh(settings: MeshSettings, config: ModelConfig) -> Mesh:
         raise UserError(f"mesh: {shape} is not {devices}, the number of devices; change 'mesh' (-1 takes what is left)")
     if config.num_key_value_heads % sizes["tp"]:
         raise UserError(f"mesh.tp: {sizes['tp']} does not divide the model's {config.num_key_value_heads} key heads")
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES)
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, devices=over)
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,18 @@ class Setup:
     @classmethod
     def from_config(cls, config: TrainConfig) -> "Setup":
         """Open the model and check that everything fits together; raises UserError."""
-        source = open_source(config.model)
+        return cls.of(config, open_source(config.model))
+
+    @classmethod
+    def of(cls, config: TrainConfig, source: WeightSource, devices: Sequence[jax.Device] | None = None) -> "Setup":
+        """As ``from_config``, of a model that is open, over the devices given instead of all there are."""
         adapter = _adapter_config(config, source.config) if config.mode.endswith("lora") else None
         model_config = _with_mask_token(config, source, adapter)
         if config.length > model_config.max_position_embeddings:
             raise UserError(
                 f"length {config.length} exceeds the model's context of {model_config.max_position_embeddings}"
             )
-        mesh = make_mesh(config.mesh, model_config)
+        mesh = make_mesh(config.mesh, model_config, devices)
         rows, shards = config.batch_size // config.accumulation, mesh.shape["data"] * mesh.shape["fsdp"]
         if rows % shards:
             raise UserError(

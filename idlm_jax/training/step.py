@@ -13,6 +13,7 @@ from idlm_jax.training.config import OptimizerSettings, Stage, TrainConfig
 from idlm_jax.training.groups import Batch, GroupPolicy
 from idlm_jax.training.objective import Losses, Objective, training_loss
 from idlm_jax.training.params import Flat, ModelBuilder
+from pallas_kernels import dispatch
 
 
 @jax.tree_util.register_dataclass
@@ -101,7 +102,7 @@ def make_train_step(
     """
     step = partial(_train_step, builder=builder, objective=objective, optimizer=optimizer, seed=seed)
     options = None
-    if jax.default_backend() == "gpu":
+    if dispatch.device().startswith("gpu"):
         options = {
             # Where a kernel's result is kept for the backward pass, XLA would run the kernel twice: once into the array
             # of all layers' results, once for the layer itself.

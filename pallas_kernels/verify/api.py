@@ -74,4 +74,4 @@ def _obstacle(logits_BWV: Array, filters: Filters, coupling: Coupling) -> str | 
         return "knows the noise of partitionable threefry2x32 keys alone"
     if coupling not in COUPLINGS.values():
         return f"knows no coupling '{coupling.name}'"
-    return None if jax.typeof(logits_BWV).sharding.mesh.empty else "does not run on a mesh"
+    return None if dispatch.on_one_device(logits_BWV) else "does not run on a mesh"

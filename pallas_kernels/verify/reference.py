@@ -265,6 +265,12 @@ class RatioCoupling:
 COUPLINGS: dict[str, Coupling] = {coupling.name: coupling for coupling in (GumbelCoupling(), RatioCoupling())}
 
 
+def empty_drafts(coupling: Coupling, batch: int, depth: int, vocabulary: int) -> Drafts:
+    """Drafts that nobody has drawn."""
+    log_q = jnp.zeros((batch, depth, vocabulary)) if coupling.stores_q else None
+    return Drafts(jnp.zeros((batch, depth), jnp.int32), log_q)
+
+
 def without_token(logits: Float[Array, "*rows V"], removed: int | None) -> Float[Array, "*rows V"]:
     """Logits of which one token, the mask, can never be drawn."""
     return logits if removed is None else logits.at[..., removed].set(-jnp.inf)

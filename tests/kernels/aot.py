@@ -15,7 +15,7 @@ from jax.experimental import topologies
 from jax.experimental.mosaic.gpu import core as mosaic_core
 
 # As XLA describes the SXM model with 80 GB.
-H100 = (Path(__file__).parent / "h100.txtpb").read_text(encoding="utf-8")
+H100 = (Path(__file__).parents[2] / "idlm_jax/planning/h100.txtpb").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def launches(batch: int, rows: int, rank: int, layers: int, paged: bool) -> int:
     config = ModelConfig.from_hf(load_yaml(ROOT / "configs/models/qwen3-8b.yaml"))
     config = config.replace(mask_token_id=16, num_hidden_layers=layers)
     lora = AdapterConfig(rank, 2 * rank) if rank else None
-    description = (ROOT / "tests/kernels/h100.txtpb").read_text(encoding="utf-8")
+    description = (ROOT / "idlm_jax/planning/h100.txtpb").read_text(encoding="utf-8")
     topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology="1x1x1")
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
     pages = SLOTS // PAGE

@@ -25,7 +25,7 @@ READS = {"ce": 3, "kl": 3, "tv": 3}
 
 def compiled(loss: str, head_trained: bool) -> Any:
     """The program of value and gradient."""
-    description = (Path(__file__).parent / "h100.txtpb").read_text(encoding="utf-8")
+    description = (Path(__file__).parents[2] / "idlm_jax/planning/h100.txtpb").read_text(encoding="utf-8")
     topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology="1x1x1")
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
 
