@@ -93,7 +93,7 @@ def _show(reports: "Sequence[Report]") -> None:
         seconds = report.seconds
         times = (seconds.compute, seconds.memory, seconds.links, seconds.estimate)
         rate = f"{report.tokens / seconds.estimate:,.0f} tokens/s"
-        table.add_row(report.target, *(f"{1e3 * time:.3g} ms" for time in times), seconds.bound, rate)
+        table.add_row(report.target, *map(_duration, times), seconds.bound, rate)
     if table.row_count:
         console.print(
             "Estimate of a step: each resource at the rate of its data sheet, all at the same time", soft_wrap=True
@@ -102,3 +102,9 @@ def _show(reports: "Sequence[Report]") -> None:
     for report in reports:
         if not report.fits:
             print(f"idlm: {report.target}: does not fit with {report.mesh}", file=sys.stderr)
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-6 else "0"

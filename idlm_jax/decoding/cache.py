@@ -47,9 +47,9 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) ->
     return init_pools(config, [(batch, slots)], dtype)
 
 
-def init_pages(config: ModelConfig, pages: int, dtype: jnp.dtype) -> Cache:
-    """An empty cache of pages; on a mesh each device has its key heads of all of them."""
-    return _init(config, [(pages, PAGE)], dtype, shared=True)
+def init_pages(config: ModelConfig, pages: int, slots: int, dtype: jnp.dtype) -> Cache:
+    """An empty cache of pages of some slots; on a mesh each device has its key heads of all of them."""
+    return _init(config, [(pages, slots)], dtype, shared=True)
 
 
 def init_pools(config: ModelConfig, pools: Sequence[tuple[int, int]], dtype: jnp.dtype) -> Cache:
@@ -143,6 +143,7 @@ def cached_attention(
     def store_and_attend(
         q: Array, keys: Array, values: Array, k: Array, v: Array, length: Array, mask: Array, pages: Array | None
     ) -> tuple[Array, Array, Array]:
+        assert keys.shape[1] == k.shape[2], "a cache that does not lie as init_pools and init_pages lay it"
         keys, values = (write_rows(old, new, length, pages) for old, new in ((keys, k), (values, v)))
         return attend_window(q, keys, values, pages, length, mask, implementation), keys, values
 

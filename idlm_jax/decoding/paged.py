@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.decoding import admission
-from idlm_jax.decoding.cache import BIN, Cache, init_pages
+from idlm_jax.decoding.cache import BIN, PAGE, Cache, init_pages
 from idlm_jax.decoding.generate import idle_state
 from idlm_jax.decoding.logprobs import LogProbs, empty_record
 from idlm_jax.decoding.sampling import Drafts
@@ -45,7 +45,7 @@ def idle_paged_state(
     state = idle_state(model, policy, [(requests, 0)], room, end_tokens)
     return replace(
         state,
-        cache=init_pages(model.config, pages, model.dtype),
+        cache=init_pages(model.config, pages, PAGE, model.dtype),
         pages=jnp.full((requests, pages_a_request), BIN, jnp.int32),
     )
 

@@ -152,6 +152,6 @@ def copied_to_pages(pages: Cache, dense: Cache, table: np.ndarray) -> Cache:
             for slot in range(min(len(numbers) * page, rows.shape[2])):
                 if numbers[slot // page] != BIN:
                     stored[numbers[slot // page], :, slot % page] = rows[request, :, slot]
-        return jnp.asarray(stored)
+        return jax.device_put(stored, old.sharding)
 
     return jax.tree.map(copy, pages, dense)
