@@ -217,7 +217,7 @@ def test_transformers_computes_the_same_from_the_exported_directory(name: str, t
 def test_devices_get_their_parts_of_a_tensor_and_the_rest_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_checkpoint(tmp_path, TINY, random_tensors(TINY, ("float32", "bfloat16")))
+    write_checkpoint(tmp_path, TINY, {name: np.nan_to_num(array) for name, array in random_tensors(TINY).items()})
     source = HFSource(tmp_path)
     wholes = {weight.path: source.read(weight) for weight in weight_table(source.config)}
     rng = np.random.default_rng(0)

@@ -106,7 +106,7 @@ def test_a_misspelt_key_gets_a_suggestion(key: str, tmp_path: Path) -> None:
         ("temperature: hot", "'temperature' must be of type float"),
         ("top_p: 0", "top_p must be in (0, 1], not 0.0"),
         ("top_p: 1.5", "top_p must be in (0, 1], not 1.5"),
-        ("top_k: -5", "top_k must be positive, or 0 for off, not -5"),
+        ("top_k: -5", "top_k must be positive and below 2^31, or 0 for off, not -5"),
         ("7: 1", "unknown key '7'"),
         ("- stride", "expected a mapping"),
         ("stride: [", "not valid YAML"),

@@ -15,9 +15,9 @@ def test_every_operation_is_asked_for_the_chosen_kernels(kernels: str, monkeypat
     asked = []
 
     def recording(operation: Callable, name: str) -> Callable:
-        def record(*arguments, implementation):
+        def record(*arguments, implementation, **options):
             asked.append((name, implementation))
-            return operation(*arguments, implementation=implementation)
+            return operation(*arguments, implementation=implementation, **options)
 
         return record
 
