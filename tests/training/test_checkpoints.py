@@ -145,6 +145,8 @@ def flip(path: Path) -> None:
         ("largest", truncate),
         ("largest", flip),
         ("largest", Path.unlink),
+        ("data", truncate),
+        ("data", flip),
         # Missing checksums are no damage: the run was killed before they were written.
         ("checksums", truncate),
     ],
@@ -156,6 +158,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     newest = tmp_path / "checkpoints" / "2"
     if which == "largest":
         damage(max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
+    elif which == "data":
+        (position,) = (path for path in newest.rglob("*") if path.is_file() and b'"next_index"' in path.read_bytes())
+        damage(position)
     else:
         damage(newest / CHECKSUMS)
     result = restored(tmp_path)
