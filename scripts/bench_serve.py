@@ -6,10 +6,10 @@ Run on an accelerator, by hand::
     python scripts/bench_serve.py --model MODEL.gguf --adapter smollm2-n4 --concurrency 1 8 64 256 --output runs/smollm2
 
 The server is that of ``idlm serve``, in this process; the clients are ``idlm bench serve``, in a process of their own.
-AR alone, then ISD by the strides and layouts up to ``--stride`` that are fastest at each
-load, AR among them; with ``--fixed`` also by ``--stride`` and ``--layout`` alone. The table says which share of the
-rounds each way of decoding had. Without ``--model`` weights are random, in the shape of ``--config``, with a
-word-level tokenizer of the same vocabulary, and prompts are random tokens. ``--trace 1 64`` also looks at the device
+AR alone, then ISD, in the same engine: by the strides and layouts up to ``--stride`` that are fastest at each load, AR
+among them; with ``--fixed`` also by ``--stride`` and ``--layout`` alone, in an engine of its own. The table says which
+share of the rounds each way of decoding had. Without ``--model`` weights are random, in the shape of ``--config``, with
+a word-level tokenizer of the same vocabulary, and prompts are random tokens. ``--trace 1 64`` also looks at the device
 under so many clients: the time without a kernel, which is what the host does not hide, and how much of it is in gaps
 longer than those between the kernels of one program.
 
