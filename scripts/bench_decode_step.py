@@ -13,7 +13,8 @@ decoding; the cache is donated and updated in place.
 ``--kernels auto xla`` measures with and without kernels (``auto`` takes them wherever they can run, whatever the
 default is), ``--adapter-rank 0 128`` without and with a gated LoRA on all projections, which acts on the rows after the
 first ``--adapter-from``. The floor counts its matrices. ``--cache dense paged`` compares places of a request's own with
-pages scattered over memory.
+pages scattered over memory. ``--tp 2`` splits weights, heads and vocabulary over two devices, without an adapter; the
+floors are then those of a device with its part of all, what it sends to the others left out.
 """
 
 import json
@@ -32,12 +33,15 @@ import jax
 import jax.numpy as jnp
 import tyro
 from bench_train_step import longest_kernels
+from jax.sharding import PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
 import pallas_kernels
 from idlm_jax.backbone.adapter import Adapter, AdapterConfig, absorb, init_adapter
+from idlm_jax.backbone.layers import split_axes
 from idlm_jax.backbone.qwen3 import Qwen3
+from idlm_jax.backbone.sharding import MESH_AXES, weight_sharding
 from idlm_jax.backbone.weights import fuse_projections, init_params
 from idlm_jax.config import ModelConfig, load_yaml
 from idlm_jax.decoding.cache import PAGE, Cache, bucket, init_cache
@@ -66,6 +70,8 @@ class Settings:
     # First window row on which it acts.
     adapter_from: int = 4
     dtype: str = "bfloat16"
+    # Devices to split the model over.
+    tp: int = 1
     # Steps a program runs, and how often it is timed.
     steps: int = 20
     repeats: int = 7
@@ -73,6 +79,12 @@ class Settings:
     profile: int = 0
     # Print one JSON line a case instead of a table: what ``idlm bench analyse --costs`` reads.
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+def split(x: jax.Array) -> PartitionSpec | None:
+    """How an array is split over the mesh that is set, None without one."""
+    axes = split_axes(x)
+    return None if axes is None else PartitionSpec(*axes)
 
 
 def decode_steps(
@@ -93,7 +105,9 @@ def decode_steps(
     def body(_: int, carry: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:
         cache, tokens = carry
         hidden, cache = forward(model, tokens, positions, length, mask, cache, adapter_from, kernels, pages)
-        return cache, jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32)
+        logits = model.logits(hidden)
+        logits = logits if split(logits) is None else jax.reshard(logits, PartitionSpec())
+        return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     return jax.lax.fori_loop(0, steps, body, (cache, tokens))
 
@@ -131,7 +145,10 @@ def ceilings() -> tuple[float, float]:
 
 
 def make_model(config: ModelConfig, dtype: jnp.dtype, rank: int) -> Qwen3:
-    """A random model as ``idlm_jax.load`` would prepare it."""
+    """A random model as ``idlm_jax.load`` would prepare it, or over the mesh that is set."""
+    mesh = jax.sharding.get_mesh()
+    if not mesh.empty:
+        return Qwen3(config, init_params(config, jax.random.key(0), dtype, weight_sharding(mesh)))
     params = fuse_projections(init_params(config, jax.random.key(0), dtype))
     if rank == 0:
         return Qwen3(config, params)
@@ -158,7 +175,7 @@ def measure(
         pages = 1 + jax.random.permutation(jax.random.key(4), batch * -(-slots // PAGE)).reshape(batch, -1)
     sizes = (batch, slots) if pages is None else (pages.size + 1, PAGE)
     cache = init_cache(config, *sizes, model.dtype)
-    cache = jax.tree.map(lambda x: jax.random.normal(jax.random.key(2), x.shape, x.dtype), cache)
+    cache = jax.tree.map(lambda x: jax.random.normal(jax.random.key(2), x.shape, x.dtype, out_sharding=split(x)), cache)
     tokens = jax.random.randint(jax.random.key(3), (batch, rows), 0, config.vocab_size)
     length = jnp.full((batch,), context)
     jitted = jax.jit(decode_steps, static_argnames=("steps", "adapter_from", "kernels"), donate_argnames="cache")
@@ -189,6 +206,10 @@ def main(settings: Settings) -> None:
     config = ModelConfig.from_hf(load_yaml(settings.model), str(settings.model))
     dtype = jnp.dtype(settings.dtype)
     bandwidth, peak = ceilings()
+    if settings.tp > 1:
+        if any(settings.adapter_rank):
+            raise SystemExit("--tp: without an adapter only")
+        jax.set_mesh(jax.make_mesh((1, 1, settings.tp), MESH_AXES, devices=jax.devices()[: settings.tp]))
     cases = []
     for rank in settings.adapter_rank:
         model = make_model(config, dtype, rank)
@@ -197,8 +218,9 @@ def main(settings: Settings) -> None:
             needed_bytes, flops = demand(config, Shape(batch, rows, context, rank), dtype)
             adapter_from = settings.adapter_from if rank else None
             case = measure(model, batch, rows, context, adapter_from, kernels, cache == "paged", settings)
-            floors = {"byte_floor": needed_bytes / bandwidth, "flop_floor": flops / peak}
+            floors = {"byte_floor": needed_bytes / bandwidth / settings.tp, "flop_floor": flops / peak / settings.tp}
             names = {"batch": batch, "rows": rows, "context": context, "rank": rank, "kernels": kernels, "cache": cache}
+            names["tp"] = settings.tp
             cases.append({**names, **case, **floors})
             print(cases[-1], file=sys.stderr, flush=True)
         del model
@@ -207,7 +229,7 @@ def main(settings: Settings) -> None:
     if settings.json:
         print("\n".join(json.dumps({**head, **case}) for case in cases))
         return
-    title = f"{settings.model.stem}, {dtype.name}, {device}, jax {jax.__version__}"
+    title = f"{settings.model.stem}, {dtype.name}, {settings.tp} x {device}, jax {jax.__version__}"
     print(f"measured ceilings: copy {bandwidth / 1e12:.2f} TB/s, matrix product {peak / 1e12:.0f} TFLOP/s")
     names = ("batch", "rows", "context", "rank", "kernels", "cache", "launches")
     columns = (*names, "step ms", "byte floor ms", "FLOP floor ms", "step / floor", "compile s")

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from idlm_jax.config import ModelConfig
 
@@ -118,8 +119,13 @@ def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> Params:
     return build_params(config, lambda weight: jax.ShapeDtypeStruct(weight.shape, dtype))
 
 
-def init_params(config: ModelConfig, key: jax.Array, dtype: jnp.dtype) -> Params:
-    """Freshly initialised parameters: normal(0, initializer_range), norms one, biases zero (method.md 1.1)."""
+def init_params(
+    config: ModelConfig, key: jax.Array, dtype: jnp.dtype, sharding: Callable[[Weight], Sharding] | None = None
+) -> Params:
+    """Freshly initialised parameters: normal(0, initializer_range), norms one, biases zero (method.md 1.1).
+
+    With ``sharding`` each is made where it lies, the same numbers as on one device.
+    """
     index = {weight.path: i for i, weight in enumerate(weight_table(config))}
 
     def make(weight: Weight) -> jax.Array:
@@ -128,7 +134,9 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: jnp.dtype) -> Params
             return (config.initializer_range * noise).astype(dtype)
         return jnp.full(weight.shape, 1.0 if weight.init == "ones" else 0.0, dtype)
 
-    return build_params(config, make)
+    if sharding is None:
+        return build_params(config, make)
+    return build_params(config, lambda weight: jax.jit(make, static_argnums=0, out_shardings=sharding(weight))(weight))
 
 
 # Orbax has types of its own for trees, so these two say Any.
