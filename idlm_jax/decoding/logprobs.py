@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from idlm_jax.decoding.sampling import without_token
 
@@ -25,47 +25,22 @@ class LogProbs:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Record:
-    """What one call of rounds notes about the tokens that it emits."""
+    """What decided the tokens that one call of rounds emits: enough to tell log-probabilities afterwards."""
 
-    # Which requests asked; for the others nothing is noted.
-    wanted: Bool[Array, " B"]
-    # How many tokens each had emitted when the call began: the first that it emits is number 0 of its notes.
+    # How many tokens each request had emitted when the call began: the first that it emits is number 0 here.
     start: Int[Array, " B"]
-    notes: LogProbs
+    # Final hidden state of the row that decided each token.
+    hidden: Float[Array, "B T D"]
 
 
-def empty_record(wanted: Bool[Array, " B"], emitted: Int[Array, " B"], tokens: int, most: int) -> Record:
-    """Nothing noted yet, with room for so many tokens a request and the ``most`` likely ones in each place."""
-    shape = (*wanted.shape, tokens, 1 + most)
-    return Record(wanted, emitted, LogProbs(jnp.zeros(shape, jnp.int32), jnp.zeros(shape)))
+def note(record: Record, hidden_BWD: Float[Array, "B W D"], emitted_B: Int[Array, " B"], stride: int) -> Record:
+    """Note the clean rows of a round, the first ``stride``: row i decides the i-th token that it emits.
 
-
-def note(
-    record: Record,
-    logits_BWV: Float[Array, "B W V"],
-    tokens_BN: Int[Array, "B N"],
-    emitted_B: Int[Array, " B"],
-    active_B: Bool[Array, " B"],
-    removed: int | None,
-) -> Record:
-    """Note what a round's clean rows, the first N, say about the tokens that they decided.
-
-    ``emitted`` is how many there were before the round. ``removed`` is a token that can never be drawn, the mask;
-    probabilities are of all others. What is noted for a request that takes no part, or beyond the tokens it emits, is
-    never read.
+    ``emitted`` is how many there were before the round. What is noted for a request that takes no part, or beyond the
+    tokens it emits, is never read.
     """
-
-    def noted() -> LogProbs:
-        # Sliced here: outside, XLA would copy the rows whether anybody asks or not.
-        clean_BNV = logits_BWV[:, : tokens_BN.shape[1]]
-        new = log_probs(clean_BNV, tokens_BN, record.notes.ids.shape[-1] - 1, removed)
-        put = jax.vmap(lambda old, values, at: jax.lax.dynamic_update_slice(old, values, (at, 0)))
-        at = emitted_B - record.start
-        return LogProbs(put(record.notes.ids, new.ids, at), put(record.notes.values, new.values, at))
-
-    # Where nobody asks, the logits are not read a second time.
-    asked = jnp.any(record.wanted & active_B)
-    return replace(record, notes=jax.lax.cond(asked, noted, lambda: record.notes))
+    put = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (at, 0)))
+    return replace(record, hidden=put(record.hidden, hidden_BWD[:, :stride], emitted_B - record.start))
 
 
 def log_probs(logits: Float[Array, "*rows V"], tokens: Int[Array, "*rows"], most: int, removed: int | None) -> LogProbs:

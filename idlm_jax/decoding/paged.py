@@ -11,13 +11,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
+from idlm_jax.backbone.layers import split_axes
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.decoding import admission
 from idlm_jax.decoding.cache import BIN, PAGE, Cache, init_pages
 from idlm_jax.decoding.generate import idle_state
-from idlm_jax.decoding.logprobs import LogProbs, empty_record
+from idlm_jax.decoding.logprobs import LogProbs, Record, log_probs
 from idlm_jax.decoding.sampling import Drafts
 from idlm_jax.decoding.step import DecodeState, Policy, decode_rounds, prefill_chunk
 
@@ -34,8 +36,17 @@ class Report:
     history: Int[Array, "b R"]
     rounds: Int[Array, " b"]
     done: Bool[Array, " b"]
-    # Of those tokens, where a request asked; None where none can.
-    logprobs: LogProbs | None
+    # None where nobody can ask for log-probabilities.
+    decided: "Decided | None"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Decided:
+    """The tokens of a call and what decided them, in as many rows and places for whatever requests and policy."""
+
+    tokens: Int[Array, "B T"]
+    hidden: Float[Array, "B T D"]
 
 
 def idle_paged_state(
@@ -86,23 +97,21 @@ def prefill_pages(
     return prefill_chunk(model, cache, tokens_FC, start_F, adapter_from, kernels, pages_FN)
 
 
-@partial(jax.jit, static_argnames=("rounds", "policy", "most_logprobs"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("rounds", "policy", "noted"), donate_argnames=("state",))
 def run_requests(
     model: Qwen3,
     state: DecodeState,
     request_b: Int[Array, " b"],
     trust_b: Bool[Array, " b"],
-    wanted_b: Bool[Array, " b"],
     rounds: int,
     policy: Policy,
-    most_logprobs: int,
+    noted: int,
 ) -> tuple[DecodeState, Report]:
-    """Up to ``rounds`` rounds of some requests; numbers beyond the batch are nobody. ``state`` is donated.
+    """So many rounds of some requests; numbers beyond the batch are nobody. ``state`` is donated.
 
     ``policy`` may have any stride up to the one that the state has been made for. A request's drafts are verified only
-    where ``trust`` says that there are enough of them: that its last round was not of a smaller stride. The report has
-    log-probabilities, and the ``most_logprobs`` likely tokens of each place, of those that ``wanted`` them; 0 leaves
-    them out of the program.
+    where ``trust`` says that there are enough of them: that its last round was not of a smaller stride. ``noted`` is
+    the room for what decided the tokens, 0 or as many as any policy can emit.
     """
     batch, most = state.drafts.tokens.shape
     part = jax.tree.map(lambda array: array.at[request_b].get(mode="clip"), replace(state, cache=()))
@@ -112,32 +121,52 @@ def run_requests(
         done=part.done | (request_b >= batch),
         warm=part.warm & trust_b,
         drafts=jax.tree.map(lambda drafts: drafts[:, : policy.stride - 1], part.drafts),
-        logprobs=empty_record(wanted_b, part.emitted, rounds * policy.stride, most_logprobs) if most_logprobs else None,
+        record=_empty_record(model, part.emitted, noted) if noted else None,
     )
     after = decode_rounds(model, before, rounds, policy)
     missing = most - (policy.stride - 1)
-    whole = replace(after, cache=(), drafts=_padded(after.drafts, missing), logprobs=None)
+    whole = replace(after, cache=(), drafts=_padded(after.drafts, missing), record=None)
     state = replace(
         jax.tree.map(lambda old, new: old.at[request_b].set(new, mode="drop"), replace(state, cache=()), whole),
         cache=after.cache,
     )
-    return state, _report(before, after, rounds, policy.stride)
+    return state, _report(before, after, rounds * policy.stride, rounds, batch)
+
+
+@partial(jax.jit, static_argnames=("most",))
+def log_probabilities(model: Qwen3, decided: Decided, row_G: Int[Array, " G"], most: int) -> LogProbs:
+    """Of the tokens of some rows of a call; and of the ``most`` likely ones in each place."""
+    logits = model.logits(decided.hidden[row_G])
+    if split_axes(logits) is not None:
+        logits = jax.reshard(logits, PartitionSpec())
+    return log_probs(logits, decided.tokens[row_G], most, model.config.mask_token_id)
+
+
+def _empty_record(model: Qwen3, emitted_b: Int[Array, " b"], tokens: int) -> Record:
+    return Record(emitted_b, jnp.zeros((*emitted_b.shape, tokens, model.config.hidden_size), model.dtype))
 
 
 def _padded(drafts: Drafts, missing: int) -> Drafts:
     return jax.tree.map(lambda array: jnp.pad(array, ((0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2))), drafts)
 
 
-def _report(before: DecodeState, after: DecodeState, rounds: int, stride: int) -> Report:
+def _report(before: DecodeState, after: DecodeState, tokens: int, rounds: int, batch: int) -> Report:
     def window(array: Array, first_b: Array, width: int) -> Array:
         at = jnp.minimum(first_b[:, None] + jnp.arange(width), array.shape[1] - 1)
         return jnp.take_along_axis(array, at, axis=1)
 
+    def rows(array: Array) -> Array:
+        return jnp.pad(array, ((0, batch - len(array)), *[(0, 0)] * (array.ndim - 1)))
+
+    decided = None
+    if after.record is not None:
+        hidden = after.record.hidden
+        decided = Decided(rows(window(after.tokens, before.emitted, hidden.shape[1])), rows(hidden))
     return Report(
-        tokens=window(after.tokens, before.emitted, rounds * stride),
+        tokens=window(after.tokens, before.emitted, tokens),
         count=after.emitted - before.emitted,
         history=window(after.history, before.rounds, rounds),
         rounds=after.rounds - before.rounds,
         done=after.done,
-        logprobs=None if after.logprobs is None else after.logprobs.notes,
+        decided=decided,
     )

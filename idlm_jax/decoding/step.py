@@ -71,8 +71,8 @@ class DecodeState:
     eos: Int[Array, "B E"]
     # Of a paged cache: the pages of every request in order of its slots, ``BIN`` after them.
     pages: Int[Array, "B N"] | None = None
-    # Log-probabilities of the tokens that this call emits; None where nobody can ask for them.
-    logprobs: Record | None = None
+    # What decided the tokens that this call emits; None where nobody can ask for their log-probabilities.
+    record: Record | None = None
 
 
 def decode_round(model: Qwen3, state: DecodeState, policy: Policy) -> DecodeState:
@@ -112,12 +112,9 @@ def decode_round(model: Qwen3, state: DecodeState, policy: Policy) -> DecodeStat
         warm=policy.layout.next_warm(state.warm, accepted, stride),
     )
     after = _emit(state, after, accepted, token, active)
-    if state.logprobs is None:
+    if state.record is None:
         return after
-    # Clean row i decides the i-th token of the round, an accepted draft or the token after them.
-    tokens = jnp.take_along_axis(after.tokens, state.emitted[:, None] + jnp.arange(stride), axis=1)
-    record = note(state.logprobs, logits, tokens, state.emitted, active, mask_token_id)
-    return replace(after, logprobs=record)
+    return replace(after, record=note(state.record, hidden, state.emitted, stride))
 
 
 def _choose_tokens(
@@ -212,7 +209,13 @@ def _emit(
 
 
 def decode_rounds(model: Qwen3, state: DecodeState, rounds: Int[Array, ""] | int, policy: Policy) -> DecodeState:
-    """Up to ``rounds`` rounds, fewer if every request ends or waits before."""
+    """Up to ``rounds`` rounds, fewer if every request ends or waits before.
+
+    A number that is known when the program is compiled is kept to, whoever ends: the device then need not tell the host
+    after each round whether to go on, so that the host can queue what comes next.
+    """
+    if isinstance(rounds, int):
+        return jax.lax.fori_loop(0, rounds, lambda _, state: decode_round(model, state, policy), state)
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Array:
         i, state = carry

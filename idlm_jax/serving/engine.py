@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import batched
 from typing import Protocol
 
 import jax
@@ -21,8 +22,16 @@ from idlm_jax.decoding.admission import MOST_END_TOKENS, Answer, Request, admiss
 from idlm_jax.decoding.cache import BIN, PAGE, cache_bytes
 from idlm_jax.decoding.generate import SamplingParams
 from idlm_jax.decoding.logprobs import LogProbs
-from idlm_jax.decoding.paged import Report, admit, give_pages, idle_paged_state, prefill_pages, run_requests
-from idlm_jax.decoding.step import DecodeState, Policy
+from idlm_jax.decoding.paged import (
+    Report,
+    admit,
+    give_pages,
+    idle_paged_state,
+    log_probabilities,
+    prefill_pages,
+    run_requests,
+)
+from idlm_jax.decoding.step import Policy
 from idlm_jax.decoding.window import window_rows
 from idlm_jax.errors import UserError
 from idlm_jax.serving.pages import Pages
@@ -33,6 +42,8 @@ from idlm_jax.serving.stride import StrideChooser
 ROUNDS = 4
 # Likely tokens that a request can ask for in each place, as vLLM has it.
 MOST_LOGPROBS = 20
+# Requests whose log-probabilities are computed at once; each token takes a row of logits of the whole vocabulary.
+_LOGPROBS_AT_ONCE = 8
 # Pages that the tables of a prefill call name: the smallest number, and how it grows.
 _FEWEST_PAGES, _PAGES_FACTOR = 8, 4
 # Tokens that requests have when costs are measured, at most.
@@ -140,7 +151,7 @@ class PagedEngine:
             MOST_END_TOKENS,
         )
         # The call whose report has not been read: by which policy, and whose.
-        self._last: tuple[Report, Policy, list[Seat]] | None = None
+        self._last: tuple[Report, Policy, list[Seat], list[LogProbs]] | None = None
         self._rounds: Counter[str] = Counter()
 
     def _pages_that_fit(self, asked: int | None) -> int:
@@ -259,7 +270,7 @@ class PagedEngine:
             widths.insert(0, -(-widths[0] // _PAGES_FACTOR))
         return widths
 
-    def _start(self, seats: list[Seat]) -> tuple[Report, Policy, list[Seat]]:
+    def _start(self, seats: list[Seat]) -> tuple[Report, Policy, list[Seat], list[LogProbs]]:
         """Dispatch a call of rounds."""
         size = next(size for size in self._sizes() if size >= len(seats))
         policy = self.strides.choose(size)
@@ -268,22 +279,26 @@ class PagedEngine:
         trust[: len(seats)] = [seat.stride >= policy.stride for seat in seats]
         for seat in seats:
             seat.stride = policy.stride
-        wanted = np.zeros(size, bool)
-        wanted[: len(seats)] = [seat.job.request.logprobs is not None for seat in seats]
-        self._state, report = self._run(numbers, trust, wanted, policy)
-        if not wanted.any():
-            # Stays on the device.
-            report = replace(report, logprobs=None)
-        for array in jax.tree.leaves(report):
+        report = self._run(numbers, trust, policy)
+        noted = self._log_probabilities(report, [row for row, seat in enumerate(seats) if _asks(seat)])
+        # Stays on the device.
+        report = replace(report, decided=None)
+        for array in jax.tree.leaves((report, noted)):
             array.copy_to_host_async()
-        return report, policy, seats
+        return report, policy, seats, noted
 
-    def _run(
-        self, numbers: np.ndarray, trust: np.ndarray, wanted: np.ndarray, policy: Policy
-    ) -> tuple[DecodeState, Report]:
-        return run_requests(
-            self._weights, self._state, numbers, trust, wanted, ROUNDS, policy, most_logprobs=self.most_logprobs
-        )
+    def _run(self, numbers: np.ndarray, trust: np.ndarray, policy: Policy) -> Report:
+        noted = ROUNDS * self._widest.stride if self.most_logprobs else 0
+        self._state, report = run_requests(self._weights, self._state, numbers, trust, ROUNDS, policy, noted)
+        return report
+
+    def _log_probabilities(self, report: Report, rows: Sequence[int]) -> list[LogProbs]:
+        """Those of some rows of a call, a few rows at a time."""
+        if report.decided is None:
+            return []
+        groups = [np.array(group, np.int32) for group in batched(rows, _LOGPROBS_AT_ONCE)]
+        padded = [np.pad(group, (0, _LOGPROBS_AT_ONCE - len(group)), mode="edge") for group in groups]
+        return [log_probabilities(self._weights, report.decided, group, self.most_logprobs) for group in padded]
 
     def _sizes(self) -> Iterator[int]:
         """Requests a call: powers of two, and all places."""
@@ -293,18 +308,22 @@ class PagedEngine:
             size *= 2
         yield self._places
 
-    def _collect(self, report: Report, policy: Policy, seats: Sequence[Seat]) -> list[Answer]:
+    def _collect(self, report: Report, policy: Policy, seats: Sequence[Seat], noted: list[LogProbs]) -> list[Answer]:
         tokens, history = np.asarray(report.tokens), np.asarray(report.history)
         count, rounds, done = (np.asarray(each).tolist() for each in (report.count, report.rounds, report.done))
-        logprobs = report.logprobs and jax.tree.map(np.asarray, report.logprobs)
+        logprobs = (
+            LogProbs(*of_row)
+            for group in noted
+            for of_row in zip(*map(np.asarray, (group.ids, group.values)), strict=True)
+        )
         self._rounds[_name(policy)] += max(rounds)
         # AR has nothing to verify.
         history = np.where(np.arange(ROUNDS) < np.array(rounds)[:, None], history if policy.stride > 1 else -1, -1)
         answers, rows = [], []
         for row, seat in enumerate(seats):
             outcomes = history[row, : rounds[row]]
-            noted = logprobs and LogProbs(logprobs.ids[row], logprobs.values[row])
-            answer = self._scheduler.collect(seat, tokens[row, : count[row]], outcomes, done[row], noted)
+            said = next(logprobs) if _asks(seat) else None
+            answer = self._scheduler.collect(seat, tokens[row, : count[row]], outcomes, done[row], said)
             if answer is not None:
                 answers.append(answer)
                 rows.append(row)
@@ -339,9 +358,10 @@ class PagedEngine:
             self._occupy(size)
             numbers = np.arange(size, dtype=np.int32)
             began = time.perf_counter()
-            self._state, report = self._run(numbers, np.zeros(size, bool), np.zeros(size, bool), policy)
+            report = self._run(numbers, np.zeros(size, bool), policy)
             jax.block_until_ready(report)
             seconds.append((time.perf_counter() - began) / ROUNDS)
+        jax.block_until_ready(self._log_probabilities(report, [0]))
         return min(seconds)
 
     def _occupy(self, size: int) -> None:
@@ -360,6 +380,10 @@ class PagedEngine:
         tables = self._tables([], self._places, self._pages_a_request)
         state = give_pages(self._state, np.arange(self._places, dtype=np.int32), tables)
         self._state = replace(state, done=jax.device_put(np.ones(self._places, bool)))
+
+
+def _asks(seat: Seat) -> bool:
+    return seat.job.request.logprobs is not None
 
 
 def _name(policy: Policy) -> str:

@@ -165,31 +165,24 @@ def test_log_probabilities_are_those_of_a_plain_forward_for_whoever_asks(gated: 
     assert not gated or any(asked[id].logprobs for id in preempted)
 
 
-def test_log_probabilities_leave_the_device_where_somebody_asks_alone() -> None:
+def test_log_probabilities_are_computed_where_somebody_asks_alone() -> None:
     engine, sampling = engine_of([AR]), SamplingParams(max_tokens=6)
     for logprobs in (None, 2, None):
         engine.submit([Request(0, [1, 2], sampling), Request(1, [3], sampling, logprobs)])
         engine.step()
-        assert engine._last is not None and (engine._last[0].logprobs is None) == (logprobs is None)
+        assert engine._last is not None and (engine._last[-1] == []) == (logprobs is None)
         list(serve(engine, []))
     for refused in (21, -1):
         with pytest.raises(UserError, match=f"logprobs must be in 0 … 20, not {refused}"):
             engine.submit([Request(0, [1], sampling, refused)])
 
 
-def test_an_engine_without_log_probabilities_computes_none() -> None:
-    def program(engine: PagedEngine) -> str:
-        none = np.zeros(1, bool)
-        return str(
-            jax.make_jaxpr(
-                lambda state: paged.run_requests(
-                    engine._model, state, np.zeros(1, int), none, none, 1, AR, engine.most_logprobs
-                )
-            )(engine._state)
-        )
-
+def test_an_engine_without_log_probabilities_notes_nothing_for_them() -> None:
     engine = engine_of([AR], most_logprobs=0)
-    assert "top_k" in program(engine_of([AR])) and "top_k" not in program(engine)
+    engine.submit([Request(0, [1, 2], SamplingParams(max_tokens=4))])
+    engine.step()
+    assert engine._last is not None and engine._last[0].decided is None
+    list(serve(engine, []))
     with pytest.raises(UserError, match="keeps no log-probabilities"):
         engine.submit([Request(0, [1], SamplingParams(max_tokens=4), 0)])
     engine.submit([Request(0, [1, 2], SamplingParams(max_tokens=4))])
