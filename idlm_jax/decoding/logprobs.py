@@ -4,6 +4,7 @@ They are the model's own, before temperature, top-k and top-p: those say how to 
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from idlm_jax.decoding.sampling import without_token
+from pallas_kernels.dispatch import by_request
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +60,8 @@ def note(
     def noted() -> LogProbs:
         # Sliced here: outside, XLA would copy the rows whether anybody asks or not.
         clean_BNV = logits_BWV[:, : tokens_BN.shape[1]]
-        new = log_probs(clean_BNV, tokens_BN, record.notes.ids.shape[-1] - 1, removed)
+        of_rows = partial(log_probs, most=record.notes.ids.shape[-1] - 1, removed=removed)
+        new = by_request(of_rows, clean_BNV, tokens_BN)
         put = jax.vmap(lambda old, values, at: jax.lax.dynamic_update_slice(old, values, (at, 0)))
         at = emitted_B - record.start
         return LogProbs(put(record.notes.ids, new.ids, at), put(record.notes.values, new.values, at))
