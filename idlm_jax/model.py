@@ -100,6 +100,11 @@ class LanguageModel:
         """The model's configuration."""
         return self.model.config
 
+    @property
+    def copies(self) -> int:
+        """How many copies of the model split the requests of a batch."""
+        return 1 if self.model.mesh is None else self.model.mesh.shape["data"]
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; chats go through the tokenizer's chat template, ready for the answer."""
         if isinstance(prompt, str):

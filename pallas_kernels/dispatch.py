@@ -117,7 +117,7 @@ def on_each_device(function: Callable[..., Any], *arguments: Any, results: int =
 
 
 def by_request(function: Callable[..., Any], logits: Array, *others: Any) -> Any:
-    """``function`` of logits [B, W, V] and what else there is of each request; on a mesh, each device does some of them.
+    """``function`` of logits [B, W, V] and what else there is of requests; on a mesh, each device does some of them.
 
     Each needs its requests' whole rows of the vocabulary: an exchange of what lies split over it is far less than
     gathering all of it everywhere. The results are everywhere.

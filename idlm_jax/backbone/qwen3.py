@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from idlm_jax.backbone.adapter import Adapter
@@ -231,8 +231,8 @@ class Qwen3(nnx.Module):
     @property
     def mesh(self) -> Mesh | None:
         """The mesh that the weights lie on, None if they are on one device."""
-        sharding = self.embedding[...].sharding
-        return sharding.mesh if isinstance(sharding, NamedSharding) else None
+        mesh = getattr(self.embedding[...].sharding, "mesh", None)
+        return mesh if isinstance(mesh, Mesh) else None
 
     def on_its_mesh(self) -> AbstractContextManager:
         """Where its programs are called: under its mesh, which JAX sets for each thread anew; without one, anywhere."""

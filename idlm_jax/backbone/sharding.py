@@ -80,19 +80,17 @@ def decoding_mesh(config: ModelConfig, tp: int, data_parallel: int) -> Mesh | No
     heads, devices = config.num_key_value_heads, jax.device_count()
     parts = [count for count in range(1, devices + 1) if heads % count == 0]
     if tp not in parts:
-        raise UserError(f"tp {tp}: with {heads} key heads and {devices} devices it can be {_listed(parts)}")
+        raise UserError(f"tp must be {_listed(parts)}, not {tp} (key heads: {heads}, devices: {devices})")
     copies = [1 << power for power in range((devices // tp).bit_length())]
     if data_parallel not in copies:
-        raise UserError(
-            f"data_parallel {data_parallel}: with {devices} devices and tp {tp} it can be {_listed(copies)}"
-        )
+        raise UserError(f"data_parallel must be {_listed(copies)}, not {data_parallel} (devices: {devices}, tp: {tp})")
     if tp * data_parallel == 1:
         return None
     return jax.make_mesh((data_parallel, 1, tp), MESH_AXES, devices=jax.devices()[: tp * data_parallel])
 
 
 def _listed(numbers: list[int]) -> str:
-    return " or ".join(filter(None, [", ".join(map(str, numbers[:-1])), str(numbers[-1])]))
+    return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
 
 
 def cache_spec(mesh: Mesh | AbstractMesh, requests: int, kv_heads: int) -> PartitionSpec:
