@@ -7,14 +7,18 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 from jinja2 import TemplateError
 
-from idlm_jax.backbone.adapter import absorb
+from idlm_jax.backbone.adapter import Adapter, absorb
 from idlm_jax.backbone.qwen3 import Qwen3
+from idlm_jax.backbone.sharding import adapter_sharding, decoding_mesh, weight_sharding
 from idlm_jax.backbone.weights import fuse_projections
 from idlm_jax.checkpoint.open import load_params, open_source
 from idlm_jax.checkpoint.peft import load_adapter
-from idlm_jax.checkpoint.source import find_mask_token, parse_dtype
+from idlm_jax.checkpoint.source import WeightSource, find_mask_token, parse_dtype
 from idlm_jax.config import ModelConfig
 from idlm_jax.decoding.config import DecodeConfig
 from idlm_jax.decoding.generate import DecodeStats, Decoding, Emission, SamplingParams, stats_from_history
@@ -95,6 +99,11 @@ class LanguageModel:
     def config(self) -> ModelConfig:
         """The model's configuration."""
         return self.model.config
+
+    @property
+    def copies(self) -> int:
+        """How many copies of the model split the requests of a batch."""
+        return 1 if self.model.mesh is None else self.model.mesh.shape["data"]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; chats go through the tokenizer's chat template, ready for the answer."""
@@ -253,15 +262,19 @@ def load(
     adapter: str | Path | None = None,
     dtype: str | None = None,
     mask_token: str | int | None = None,
+    tp: int = 1,
+    data_parallel: int = 1,
 ) -> LanguageModel:
     """Load a model from a Hugging Face directory or Hub id, a GGUF file, or one of our checkpoints.
 
     ``adapter`` is a PEFT LoRA: a directory, a Hub id, or "smollm2-n4", which comes with the package. ``dtype`` is
     "bfloat16" or "float32" (default: as stored, GGUF as bfloat16). ``mask_token`` (text or id) is for models that name
-    none themselves. Raises UserError when anything is missing, damaged, or does not fit together.
+    none themselves. Weights and key heads are split over ``tp`` devices; ``data_parallel`` such copies of the model
+    split the requests of a batch. Raises UserError when anything is missing, damaged, or does not fit together.
     """
     source = open_source(model)
     config = source.config
+    mesh = decoding_mesh(config, tp, data_parallel)
     loaded = load_adapter(adapter, config) if adapter is not None else None
     if mask_token is not None:
         config = config.replace(mask_token_id=find_mask_token(source, str(mask_token)))
@@ -271,10 +284,25 @@ def load(
     tokenizer = source.tokenizer()
     if not tokenizer.is_fast:
         raise UserError(f"{model}: its tokenizer ({type(tokenizer).__name__}) has no fast form (tokenizer.json)")
-    params = fuse_projections(load_params(source, parse_dtype(dtype or default)))
-    if loaded:
+    network = _assemble(source, config, parse_dtype(dtype or default), loaded, mesh)
+    return LanguageModel(network, cast("PreTrainedTokenizerFast", tokenizer), loaded is not None)
+
+
+def _assemble(
+    source: WeightSource, config: ModelConfig, dtype: jnp.dtype | None, adapter: Adapter | None, mesh: Mesh | None
+) -> Qwen3:
+    """The network in the form in which one device decodes fastest, or laid out over a mesh."""
+    if mesh is not None:
+        params = load_params(source, dtype, weight_sharding(mesh))
+        if adapter:
+            adapter = adapter.astype(params["embed_tokens"]["embedding"].dtype)
+            placed = jax.device_put(adapter.params, adapter_sharding(config, adapter, mesh))
+            adapter = Adapter(adapter.config, placed)
+        return Qwen3(config, params, adapter)
+    params = fuse_projections(load_params(source, dtype))
+    if adapter:
         parameter_dtype = params["embed_tokens"]["embedding"].dtype
-        loaded = loaded.astype(parameter_dtype)
+        adapter = adapter.astype(parameter_dtype)
         if by_default(parameter_dtype):
-            loaded = absorb(config, params, loaded)
-    return LanguageModel(Qwen3(config, params, loaded), cast("PreTrainedTokenizerFast", tokenizer), loaded is not None)
+            adapter = absorb(config, params, adapter)
+    return Qwen3(config, params, adapter)

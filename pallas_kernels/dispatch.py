@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 import pallas_kernels
@@ -113,6 +114,20 @@ def on_each_device(function: Callable[..., Any], *arguments: Any, results: int =
         return function(*arguments)
     specs = tuple(jax.typeof(argument).sharding.spec for argument in arguments[:results])
     return jax.shard_map(function, out_specs=specs if results > 1 else specs[0], check_vma=False)(*arguments)
+
+
+def by_request(function: Callable[..., Any], logits: Array, *others: Any) -> Any:
+    """``function`` of logits [B, W, V] and what else there is of requests; on a mesh, each device does some of them.
+
+    Each needs its requests' whole rows of the vocabulary: an exchange of what lies split over it is far less than
+    gathering all of it everywhere. The results are everywhere.
+    """
+    if on_one_device(logits):
+        return function(logits, *others)
+    mesh, split = jax.typeof(logits).sharding.mesh, jax.typeof(logits).sharding.spec
+    spec = PartitionSpec(tuple(mesh.axis_names) if logits.shape[0] % mesh.size == 0 else split[0])
+    result = jax.shard_map(function, out_specs=spec, check_vma=False)(*jax.reshard((logits, *others), spec))
+    return jax.reshard(result, PartitionSpec())
 
 
 @cache

@@ -7,6 +7,7 @@ new state. A plain causal pass, chunked prefill, a decoding window and two-strea
 
 import enum
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from idlm_jax.backbone.adapter import Adapter
@@ -226,6 +227,16 @@ class Qwen3(nnx.Module):
     def dtype(self) -> jnp.dtype:
         """Dtype of parameters and activations."""
         return self.embedding[...].dtype
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh that the weights lie on, None if they are on one device."""
+        mesh = getattr(self.embedding[...].sharding, "mesh", None)
+        return mesh if isinstance(mesh, Mesh) else None
+
+    def on_its_mesh(self) -> AbstractContextManager:
+        """Where its programs are called: under its mesh, which JAX sets for each thread anew; without one, anywhere."""
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def __call__(
         self,

@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from idlm_jax.backbone.adapter import AdapterConfig, adapted_weights
+from idlm_jax.backbone.adapter import Adapter, AdapterConfig, adapted_weights
 from idlm_jax.backbone.weights import Weight
 from idlm_jax.config import ModelConfig
 from idlm_jax.errors import UserError
@@ -59,6 +61,36 @@ def weight_sharding(mesh: Mesh, rules: ShardingRules | None = None) -> Callable[
     """The sharding of every row of the weight table, in the form that ``load_params`` takes."""
     rules = rules or ShardingRules()
     return lambda weight: NamedSharding(mesh, rules.spec(weight, mesh))
+
+
+def adapter_sharding(config: ModelConfig, adapter: Adapter, mesh: Mesh) -> dict[str, Any]:
+    """The sharding of every array of an adapter with unstacked layers, as a tree like its own."""
+    specs = ShardingRules().adapter_specs(config, adapter.config, mesh)
+    layer = jax.tree.map(lambda spec: NamedSharding(mesh, PartitionSpec(*spec[1:])), specs)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return {**dict.fromkeys(adapter.params, everywhere), "layers": [layer] * config.num_hidden_layers}
+
+
+def decoding_mesh(config: ModelConfig, tp: int, data_parallel: int) -> Mesh | None:
+    """``data_parallel`` copies of a model, each on ``tp`` devices; None where that is one device, which needs no mesh.
+
+    Raises UserError for what the key heads or the devices do not allow. Batches are powers of two, so only such a
+    number of copies can split them.
+    """
+    heads, devices = config.num_key_value_heads, jax.device_count()
+    parts = [count for count in range(1, devices + 1) if heads % count == 0]
+    if tp not in parts:
+        raise UserError(f"tp must be {_listed(parts)}, not {tp} (key heads: {heads}, devices: {devices})")
+    copies = [1 << power for power in range((devices // tp).bit_length())]
+    if data_parallel not in copies:
+        raise UserError(f"data_parallel must be {_listed(copies)}, not {data_parallel} (devices: {devices}, tp: {tp})")
+    if tp * data_parallel == 1:
+        return None
+    return jax.make_mesh((data_parallel, 1, tp), MESH_AXES, devices=jax.devices()[: tp * data_parallel])
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
 
 
 def cache_spec(mesh: Mesh | AbstractMesh, requests: int, kv_heads: int) -> PartitionSpec:

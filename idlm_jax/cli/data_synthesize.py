@@ -10,7 +10,7 @@ from rich.table import Table
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
-from idlm_jax.cli.flags import Model, ModelFlags, check_can_draft
+from idlm_jax.cli.flags import BatchModelFlags, Model, check_can_draft
 from idlm_jax.cli.render import Notice, make_console
 from idlm_jax.errors import UserError
 
@@ -40,7 +40,7 @@ def data_synthesize(
     stride: Annotated[int, arg(metavar="N")] = 1,
     resume: bool = False,
     json: bool = False,
-    model_flags: Annotated[ModelFlags, arg(name="")],
+    model_flags: Annotated[BatchModelFlags, arg(name="")],
 ) -> None:
     """Sample training text from a model itself.
 

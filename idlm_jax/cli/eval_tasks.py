@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from tyro.conf import Positional, arg
 
-from idlm_jax.cli.flags import Model, ModelFlags, check_can_draft
+from idlm_jax.cli.flags import BatchModelFlags, Model, check_can_draft
 from idlm_jax.cli.progress import Progress
 from idlm_jax.cli.render import make_console
 from idlm_jax.errors import UserError
@@ -34,7 +34,7 @@ def eval_tasks(
     batch_size: Annotated[int, arg(metavar="COUNT")] = 32,
     seed: Annotated[int, arg(metavar="SEED")] = 0,
     json: bool = False,
-    model_flags: Annotated[ModelFlags, arg(name="")],
+    model_flags: Annotated[BatchModelFlags, arg(name="")],
 ) -> None:
     """Answer benchmark questions by AR and by strided decoding, and compare scores, tokens a forward and speed.
 

@@ -36,13 +36,33 @@ class ModelFlags:
         str | None, arg(metavar="TOKEN", help_behavior_hint="(default: the model's or the adapter's)")
     ] = None
 
+    # Devices that share the model, each with its part of the weights, key heads and vocabulary; must divide the key
+    # heads.
+    tp: Annotated[int, arg(metavar="DEVICES")] = 1
+
     def load(self, model: str) -> "LanguageModel":
         """Load the model, saying so on stderr if that takes long."""
         # A message after two seconds must not wait for JAX to be imported.
         with Notice(f"loading {model}"):
             from idlm_jax.model import load
 
-            return load(model, self.adapter, self.dtype, self.mask_token)
+            return load(model, self.adapter, self.dtype, self.mask_token, self.tp, self._copies)
+
+    @property
+    def _copies(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class BatchModelFlags(ModelFlags):
+    """Which model, in what precision, and how many of it: of verbs that decode batches."""
+
+    # Copies of the model, each on --tp devices of its own, that split the requests of a batch: 1, 2, 4 …
+    data_parallel: Annotated[int, arg(metavar="COPIES")] = 1
+
+    @property
+    def _copies(self) -> int:
+        return self.data_parallel
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from idlm_jax.cli.flags import DecodeFlags, Model, ModelFlags, SamplingFlags, check_adapter, check_can_draft
+from idlm_jax.cli.flags import BatchModelFlags, DecodeFlags, Model, SamplingFlags, check_adapter, check_can_draft
 from idlm_jax.cli.render import Notice, make_console, printable, show_comparison, show_piece, statistics
 from idlm_jax.errors import UserError, did_you_mean
 
@@ -30,7 +30,7 @@ def generate(
     raw: bool = False,
     compare: bool = False,
     json: bool = False,
-    model_flags: Annotated[ModelFlags, arg(name="")],
+    model_flags: Annotated[BatchModelFlags, arg(name="")],
     decode_flags: Annotated[DecodeFlags, arg(name="")],
     sampling_flags: Annotated[SamplingFlags, arg(name="")],
 ) -> None:

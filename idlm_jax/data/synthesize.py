@@ -256,6 +256,7 @@ def synthesize(
     saved. Raises UserError for settings that cannot work, a target that exists, and a full disk.
     """
     author = Author(model, config, prompts)
+    places = pools(config, model.copies)
     chats = None if prompts is None else hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
     writer = TokenStoreWriter(
         target,
@@ -268,7 +269,7 @@ def synthesize(
         state = writer.state or {"next": 0, "counts": asdict(Counts())}
         run = _Run(author, config, writer, state["next"], Counts(**state["counts"]))
         try:
-            speed = run.sample(SlotBatch(model.model, config.policy(), pools(config)), on_progress)
+            speed = run.sample(SlotBatch(model.model, config.policy(), places), on_progress)
         except KeyboardInterrupt:
             run.flush()
             raise
@@ -288,14 +289,18 @@ def synthesize(
     return TokenStore.open(target)
 
 
-def pools(config: SynthesisConfig) -> list[Pool]:
+def pools(config: SynthesisConfig, copies: int = 1) -> list[Pool]:
     """Places for ``batch_size`` documents: 3/8 of them hold a quarter of ``max_tokens``, 2/8 a half, 3/8 all.
 
     Attention then reads three fifths of what it would with places of one size. That many large places keep up even
     where two documents in five reach ``max_tokens``, as SmolLM2's do at 1024; with fewer, most of the rest would wait.
+    Where several ``copies`` of the model split the documents, places are of one size: split one by one, pools would
+    leave no document with the copy that has its rows.
     """
     places, capacity = config.batch_size, config.max_tokens
-    if capacity < _POOLS_FROM_TOKENS or places < _POOLS_FROM_PLACES:
+    if places % copies:
+        raise UserError(f"batch_size {places} cannot be split over {copies} copies of the model")
+    if copies > 1 or capacity < _POOLS_FROM_TOKENS or places < _POOLS_FROM_PLACES:
         return [Pool(places, capacity)]
     small, middle = 3 * places // 8, places // 4
     return [Pool(small, capacity // 4), Pool(middle, capacity // 2), Pool(places - small - middle, capacity)]

@@ -287,8 +287,9 @@ class Decoding:
     ):
         self.model, self.policy, self.count = model, policy, len(prompts)
         began = time.perf_counter()
-        state = start(model, prompts, sampling, policy)
-        self.state: DecodeState = jax.block_until_ready(advance(model, state, 0, policy))
+        with model.on_its_mesh():
+            state = start(model, prompts, sampling, policy)
+            self.state: DecodeState = jax.block_until_ready(advance(model, state, 0, policy))
         # Prefill and, the first time, compilation.
         self.start_seconds = time.perf_counter() - began
         # Rounds alone.
@@ -297,14 +298,16 @@ class Decoding:
     def run(self, rounds: int) -> list[Emission]:
         """Run up to ``rounds`` rounds and return everything emitted so far."""
         began = time.perf_counter()
-        self.state = advance(self.model, self.state, rounds, self.policy)
+        with self.model.on_its_mesh():
+            self.state = advance(self.model, self.state, rounds, self.policy)
         so_far = emissions(self.state, self.count)
         self.seconds += time.perf_counter() - began
         return so_far
 
     def end(self, requests: Sequence[int]) -> None:
         """End some requests."""
-        self.state = end_requests(self.state, requests)
+        with self.model.on_its_mesh():
+            self.state = end_requests(self.state, requests)
 
 
 def generate_tokens(

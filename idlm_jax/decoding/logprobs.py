@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from idlm_jax.backbone.layers import split_axes
 from idlm_jax.decoding.sampling import without_token
 
 
@@ -39,8 +41,12 @@ def note(record: Record, hidden_BWD: Float[Array, "B W D"], emitted_B: Int[Array
     ``emitted`` is how many there were before the round. What is noted for a request that takes no part, or beyond the
     tokens it emits, is never read.
     """
+    clean_BND = hidden_BWD[:, :stride]
+    if split_axes(clean_BND) is not None:
+        # As everything that a request carries besides its cache.
+        clean_BND = jax.reshard(clean_BND, PartitionSpec())
     put = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (at, 0)))
-    return replace(record, hidden=put(record.hidden, hidden_BWD[:, :stride], emitted_B - record.start))
+    return replace(record, hidden=put(record.hidden, clean_BND, emitted_B - record.start))
 
 
 def log_probs(logits: Float[Array, "*rows V"], tokens: Int[Array, "*rows"], most: int, removed: int | None) -> LogProbs:

@@ -11,10 +11,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from idlm_jax.backbone.layers import split_axes
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.decoding import admission
 from idlm_jax.decoding.cache import BIN, PAGE, Cache, init_pages
@@ -22,6 +20,7 @@ from idlm_jax.decoding.generate import idle_state
 from idlm_jax.decoding.logprobs import LogProbs, Record, log_probs
 from idlm_jax.decoding.sampling import Drafts
 from idlm_jax.decoding.step import DecodeState, Policy, decode_rounds, prefill_chunk
+from pallas_kernels.dispatch import by_request
 
 
 @jax.tree_util.register_dataclass
@@ -137,9 +136,8 @@ def run_requests(
 def log_probabilities(model: Qwen3, decided: Decided, row_G: Int[Array, " G"], most: int) -> LogProbs:
     """Of the tokens of some rows of a call; and of the ``most`` likely ones in each place."""
     logits = model.logits(decided.hidden[row_G])
-    if split_axes(logits) is not None:
-        logits = jax.reshard(logits, PartitionSpec())
-    return log_probs(logits, decided.tokens[row_G], most, model.config.mask_token_id)
+    of_rows = partial(log_probs, most=most, removed=model.config.mask_token_id)
+    return by_request(of_rows, logits, decided.tokens[row_G])
 
 
 def _empty_record(model: Qwen3, emitted_b: Int[Array, " b"], tokens: int) -> Record:

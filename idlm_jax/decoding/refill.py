@@ -16,8 +16,10 @@ from itertools import batched
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
+from idlm_jax.backbone.layers import split_axes
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.decoding.admission import (
     MOST_END_TOKENS,
@@ -67,16 +69,20 @@ class _Report:
 
 
 def _put_cache(layer: LayerCache, source: LayerCache, row: Array, place: Array) -> LayerCache:
-    """Copy rows of ``source`` to places of a layer's cache, each in whichever pool it lies."""
+    """Copy rows of ``source`` to places of a layer's cache, each in whichever pool it lies.
+
+    On a mesh that splits requests, rows and places are anywhere: each device gets the rows and keeps its own.
+    """
     copied, first = [], 0
     for pair in batched(layer, 2):
-        count = pair[0].shape[0]
+        count, axes = pair[0].shape[0], split_axes(pair[0])
+        everywhere, there = (None, None) if axes is None else (PartitionSpec(None, *axes[1:]), PartitionSpec(*axes))
         local = jnp.where((place >= first) & (place < first + count), place - first, count)
         first += count
         for old, new in zip(pair, source, strict=True):
             stored = min(old.shape[2], new.shape[2])
-            rows = new.at[row, :, :stored].get(mode="clip")
-            copied.append(old.at[local, :, :stored].set(rows, mode="drop"))
+            rows = new.at[row, :, :stored].get(mode="clip", out_sharding=everywhere)
+            copied.append(old.at[local, :, :stored].set(rows, mode="drop", out_sharding=there))
     return tuple(copied)
 
 
@@ -123,8 +129,9 @@ class SlotBatch:
         # A request that waits for a larger place still writes a window: it takes no part in rounds, but no harm either.
         rows = window_rows(policy.layout, policy.stride)
         slots = [(pool.places, pool.capacity - 2 + 2 * rows) for pool in pools]
-        state = idle_state(model, policy, slots, self._capacity + policy.stride, MOST_END_TOKENS)
-        self._state = replace(state, slots=state.slots - rows)
+        with model.on_its_mesh():
+            state = idle_state(model, policy, slots, self._capacity + policy.stride, MOST_END_TOKENS)
+            self._state = replace(state, slots=state.slots - rows)
         self._pools = pools
         self._pool_of = [number for number, pool in enumerate(pools) for _ in range(pool.places)]
         self._owners: list[Request | None] = [None] * len(self._pool_of)
@@ -158,9 +165,10 @@ class SlotBatch:
 
     def run(self, rounds: int) -> list[Answer]:
         """Start up to ``rounds`` rounds; returns the requests that ended before the last call did, by place."""
-        self._move_on()
-        self._admit()
-        self._state, report = _run(self._model, self._state, rounds, self._policy)
+        with self._model.on_its_mesh():
+            self._move_on()
+            self._admit()
+            self._state, report = _run(self._model, self._state, rounds, self._policy)
         for array in jax.tree.leaves(report):
             array.copy_to_host_async()
         before, self._last = self._last, (report, list(self._owners))

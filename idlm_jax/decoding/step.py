@@ -5,23 +5,20 @@ the device; the loop is one ``lax.while_loop`` that stops after a number of roun
 decoding are the same call.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from idlm_jax.backbone.layers import split_axes
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.decoding.cache import BIN, Cache
 from idlm_jax.decoding.forward import forward
 from idlm_jax.decoding.logprobs import Record, note
 from idlm_jax.decoding.sampling import Coupling, Drafts, Filters, empty_drafts
 from idlm_jax.decoding.window import Layout, build_window, window_rows
+from pallas_kernels.dispatch import by_request
 from pallas_kernels.verify.api import draft, verify
 
 
@@ -101,7 +98,7 @@ def decode_round(model: Qwen3, state: DecodeState, policy: Policy) -> DecodeStat
     # At stride 1 there are none, and arrays without elements cannot be exchanged (XLA on CPU crashes, jax 0.11.2).
     before = None if stride == 1 else state.drafts
     logits = model.logits(hidden)
-    accepted, token, new = _by_request(choose, logits, state.filters, before, state.warm, state.emitted)
+    accepted, token, new = by_request(choose, logits, state.filters, before, state.warm, state.emitted)
     drafts = state.drafts if new is None else new
     after = replace(
         state,
@@ -146,21 +143,6 @@ def _choose_tokens(
     rows = first_row[:, None] + jnp.arange(stride - 1)
     after_token = (positions + accepted[:, None] + 1)[:, :-1]
     return accepted, token, draft(logits, rows, filters, coupling, after_token, **run)
-
-
-def _by_request(function: Callable[..., Any], logits: Float[Array, "B W V"], *others: Any) -> Any:
-    """``function`` of logits and what else there is of each request; on a mesh, each device does some requests.
-
-    Each needs its requests' whole rows of the vocabulary: an exchange of what lies split over it is far less than
-    gathering all of it everywhere. The results are everywhere.
-    """
-    axes = split_axes(logits)
-    if axes is None:
-        return function(logits, *others)
-    mesh = jax.typeof(logits).sharding.mesh
-    spec = PartitionSpec(tuple(mesh.axis_names) if logits.shape[0] % mesh.size == 0 else axes[0])
-    result = jax.shard_map(function, out_specs=spec, check_vma=False)(*jax.reshard((logits, *others), spec))
-    return jax.reshard(result, PartitionSpec())
 
 
 def running(state: DecodeState, policy: Policy) -> Bool[Array, " B"]:

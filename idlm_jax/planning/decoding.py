@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from idlm_jax.backbone.adapter import Adapter, AdapterConfig, absorb, init_adapter
 from idlm_jax.backbone.qwen3 import Qwen3
-from idlm_jax.backbone.sharding import MESH_AXES, ShardingRules, weight_sharding
+from idlm_jax.backbone.sharding import MESH_AXES, adapter_sharding, weight_sharding
 from idlm_jax.backbone.weights import Params, abstract_params, build_params, fuse_projections, parameter_count
 from idlm_jax.config import ModelConfig
 from idlm_jax.decoding.admission import MOST_END_TOKENS
@@ -132,16 +132,12 @@ def _weights(model: ModelConfig, rank: int, everywhere: Sharding, mesh: Mesh | N
     params = build_params(model, lambda w: jax.ShapeDtypeStruct(w.shape, _DTYPE, sharding=sharding(w)))
     if not rank:
         return params, None
-    specs = ShardingRules().adapter_specs(model, settings, mesh)
+    shapes = jax.eval_shape(lambda: make().params)
 
-    def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = PartitionSpec()
-        if path[0].key == "layers":
-            module, name, side = (key.key for key in path[2:])
-            spec = PartitionSpec(*specs[module][name][side][1:])  # without the axis of stacked layers
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+    def place(leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return params, jax.tree_util.tree_map_with_path(place, jax.eval_shape(lambda: make().params))
+    return params, jax.tree.map(place, shapes, adapter_sharding(model, Adapter(settings, shapes), mesh))
 
 
 def _state(model: ModelConfig, work: Workload, everywhere: Sharding) -> DecodeState:

@@ -14,6 +14,7 @@ from itertools import batched
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from idlm_jax.backbone.flat import flat
@@ -141,22 +142,23 @@ class PagedEngine:
         self._scheduler = Scheduler(places, accounts, ROUNDS * self._widest.stride, self._window)
         # Says how a call is decoded.
         self.strides = StrideChooser(policies)
-        self._state = idle_paged_state(
-            model,
-            self._widest,
-            places,
-            accounts.most + 1,
-            self._pages_a_request,
-            capacity + self._widest.stride,
-            MOST_END_TOKENS,
-        )
+        with model.on_its_mesh():
+            self._state = idle_paged_state(
+                model,
+                self._widest,
+                places,
+                accounts.most + 1,
+                self._pages_a_request,
+                capacity + self._widest.stride,
+                MOST_END_TOKENS,
+            )
         # The call whose report has not been read: by which policy, and whose.
         self._last: tuple[Report, Policy, list[Seat], list[LogProbs]] | None = None
         self._rounds: Counter[str] = Counter()
 
     def _pages_that_fit(self, asked: int | None) -> int:
         config, dtype = self._model.config, self._model.dtype
-        room = _free_memory() / cache_bytes(config, 1, PAGE, dtype)
+        room = _free_memory(self._model) / cache_bytes(config, 1, PAGE, dtype)
         if asked is None:
             # One more is ``BIN``.
             asked = int(min(1 + self._places * self._pages_a_request, _MEMORY_SHARE * room))
@@ -222,8 +224,9 @@ class PagedEngine:
     def step(self) -> list[Answer]:
         """Start the next rounds; returns how far requests were when the rounds before had ended."""
         plan = self._scheduler.plan()
-        self._prepare(plan)
-        before, self._last = self._last, self._start(plan.run) if plan.run else None
+        with self._model.on_its_mesh():
+            self._prepare(plan)
+            before, self._last = self._last, self._start(plan.run) if plan.run else None
         return [] if before is None else self._collect(*before)
 
     def _prepare(self, plan: Plan) -> None:
@@ -334,6 +337,10 @@ class PagedEngine:
 
     def warm_up(self, say: Callable[[str], None]) -> None:
         """Compile prefill and rounds in all sizes; where there is a choice of policies, measure what they cost."""
+        with self._model.on_its_mesh():
+            self._warm_up(say)
+
+    def _warm_up(self, say: Callable[[str], None]) -> None:
         began = time.monotonic()
         shapes = [(size, width) for size in chunk_sizes(self.capacity) for width in self._prefill_widths()]
         for number, (size, width) in enumerate(shapes, 1):
@@ -379,7 +386,7 @@ class PagedEngine:
         """Nobody sits anywhere."""
         tables = self._tables([], self._places, self._pages_a_request)
         state = give_pages(self._state, np.arange(self._places, dtype=np.int32), tables)
-        self._state = replace(state, done=jax.device_put(np.ones(self._places, bool)))
+        self._state = replace(state, done=jnp.ones(self._places, bool))
 
 
 def _asks(seat: Seat) -> bool:
@@ -399,7 +406,9 @@ def _gigabytes(model: Qwen3, pages: float) -> str:
     return f"{pages * cache_bytes(model.config, 1, PAGE, model.dtype) / 1e9:.3g} GB"
 
 
-def _free_memory() -> float:
-    """Bytes that the device has left, as far as it tells."""
-    stats = jax.local_devices()[0].memory_stats()
-    return stats["bytes_limit"] - stats["bytes_in_use"] if stats else math.inf
+def _free_memory(model: Qwen3) -> float:
+    """Bytes that the devices among which the key heads are split have left together, as far as they tell."""
+    devices = jax.local_devices()[:1] if model.mesh is None else model.mesh.devices.flat
+    stats = [device.memory_stats() for device in devices]
+    free = [each["bytes_limit"] - each["bytes_in_use"] if each else math.inf for each in stats]
+    return min(free) * (1 if model.mesh is None else model.mesh.shape["tp"])

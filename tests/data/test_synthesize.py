@@ -108,7 +108,7 @@ def test_the_sampled_loss_adds_the_question_and_its_end(store: TokenStore, tmp_p
 def test_batch_pools_and_stride_change_nothing(
     stride: int, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "pools", lambda config: [Pool(2, 50), Pool(1, 70), Pool(1, config.max_tokens)])
+    monkeypatch.setattr(module, "pools", lambda config, copies: [Pool(2, 50), Pool(1, 70), Pool(1, config.max_tokens)])
     assert contents(sample(tmp_path / "store", replace(CONFIG, stride=stride))) == contents(store)
 
 
@@ -191,6 +191,13 @@ def test_pools_have_a_place_for_every_document(batch: int) -> None:
     sizes = pools(config)
     assert sum(pool.places for pool in sizes) == batch and sizes[-1].capacity == 1024
     assert [pool.capacity for pool in sizes] == sorted({pool.capacity for pool in sizes})
+
+
+def test_copies_of_the_model_split_places_of_one_size_evenly() -> None:
+    config = SynthesisConfig(tokens=1, batch_size=48, max_tokens=1024)
+    assert pools(config, 4) == [Pool(48, 1024)]
+    with pytest.raises(UserError, match="batch_size 48 cannot be split over 32 copies of the model"):
+        pools(config, 32)
 
 
 BAD_SETTINGS = [

@@ -6,19 +6,18 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from jax.sharding import Mesh, NamedSharding  # noqa: E402
+from jax.sharding import Mesh  # noqa: E402
 
-from idlm_jax.backbone.adapter import Adapter  # noqa: E402
 from idlm_jax.backbone.qwen3 import Qwen3  # noqa: E402
-from idlm_jax.backbone.sharding import MESH_AXES, ShardingRules, weight_sharding  # noqa: E402
-from idlm_jax.backbone.weights import build_params, init_params  # noqa: E402
+from idlm_jax.backbone.sharding import MESH_AXES  # noqa: E402
+from idlm_jax.backbone.weights import init_params  # noqa: E402
 from idlm_jax.decoding.generate import SamplingParams, generate_tokens  # noqa: E402
 from idlm_jax.decoding.sampling import COUPLINGS  # noqa: E402
 from idlm_jax.decoding.step import Policy  # noqa: E402
 from idlm_jax.decoding.window import LAYOUTS  # noqa: E402
 from idlm_jax.serving.pages import Pages  # noqa: E402
 from tests.decoding import test_paged  # noqa: E402
-from tests.decoding.support import tiny_adapter, tiny_config  # noqa: E402
+from tests.decoding.support import laid_out, tiny_adapter, tiny_config  # noqa: E402
 
 CONFIG = tiny_config(vocab_size=64)
 # Of several lengths, so that they do not fill the batch, and greedy beside sampled.
@@ -39,22 +38,7 @@ def model_on(mesh: Mesh | None) -> Qwen3:
     params, adapter = init_params(CONFIG, jax.random.key(0), jnp.dtype("float32")), tiny_adapter(CONFIG)
     if mesh is None:
         return Qwen3(CONFIG, params, adapter)
-    params = jax.device_put(params, build_params(CONFIG, weight_sharding(mesh)))
-    specs = ShardingRules().adapter_specs(CONFIG, adapter.config, mesh)
-    layers = [
-        {
-            module: {
-                name: {
-                    side: jax.device_put(x, NamedSharding(mesh, jax.P(*specs[module][name][side][1:])))
-                    for side, x in ab.items()
-                }
-                for name, ab in names.items()
-            }
-            for module, names in layer.items()
-        }
-        for layer in adapter.params["layers"]
-    ]
-    return Qwen3(CONFIG, params, Adapter(adapter.config, {**adapter.params, "layers": layers}))
+    return laid_out(CONFIG, params, adapter, mesh)
 
 
 def check_pages() -> None:
@@ -80,8 +64,7 @@ def main() -> None:
         wanted = generate_tokens(model_on(None), *given)
         for shape in meshes:
             mesh = jax.make_mesh(shape, MESH_AXES, devices=jax.devices()[: int(np.prod(shape))])
-            with jax.set_mesh(mesh):
-                ours = generate_tokens(model_on(mesh), *given)
+            ours = generate_tokens(model_on(mesh), *given)
             for mine, other in zip(ours, wanted, strict=True):
                 np.testing.assert_array_equal(mine.tokens, other.tokens, err_msg=f"{name} {shape}")
                 np.testing.assert_array_equal(mine.history, other.history, err_msg=f"{name} {shape}")

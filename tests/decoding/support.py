@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 from scipy import stats
 
 from idlm_jax.backbone.adapter import Adapter, AdapterConfig, init_adapter
 from idlm_jax.backbone.qwen3 import Qwen3, causal_logits
-from idlm_jax.backbone.weights import init_params
+from idlm_jax.backbone.sharding import adapter_sharding, weight_sharding
+from idlm_jax.backbone.weights import Params, build_params, init_params
 from idlm_jax.config import ModelConfig
 from idlm_jax.decoding.generate import SamplingParams
 from idlm_jax.decoding.sampling import COUPLINGS, Coupling, Drafts, RatioCoupling
@@ -55,6 +57,14 @@ def tiny_model(config: ModelConfig | None = None, adapter: bool = False, seed: i
     config = config or tiny_config()
     params = init_params(config, jax.random.key(seed), jnp.float32)
     return Qwen3(config, params, tiny_adapter(config) if adapter else None)
+
+
+def laid_out(config: ModelConfig, params: Params, adapter: Adapter | None, mesh: Mesh) -> Qwen3:
+    """A model whose weights, and those of its adapter, lie over a mesh by the rules."""
+    params = jax.device_put(params, build_params(config, weight_sharding(mesh)))
+    if adapter is not None:
+        adapter = Adapter(adapter.config, jax.device_put(adapter.params, adapter_sharding(config, adapter, mesh)))
+    return Qwen3(config, params, adapter)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 
 import math  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
+from dataclasses import dataclass, replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import jax.numpy as jnp  # noqa: E402
@@ -100,6 +100,11 @@ def check_decoding_memory() -> None:
     assert report.collectives["all-reduce"].sent >= 4 * rows * 16 * 2, report
     assert report.collectives["all-to-all"] == Traffic(1, rows * 32 * 4 // 2), report
     assert math.isfinite(report.seconds.estimate) and report.seconds.bound in ("compute", "memory", "links")
+
+    adapted = plan_decoding(model, replace(work, rank=4), Here("cpux8", CHIP, 8), 2)
+    # Of q, k, v, gate and up the second matrices are split, of o and down the first: [in, 4] and [4, out] of each.
+    first, second = 5 * 16 + (32 + 32) // 2, (32 + 2 * 16 + 2 * 32) // 2 + 2 * 16
+    assert adapted.given["weights"] == report.given["weights"] + 2 * 2 * 4 * (first + second), adapted
 
 
 if __name__ == "__main__":

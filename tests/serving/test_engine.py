@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -343,3 +345,12 @@ def test_pages_are_as_many_as_the_device_has_room_for(monkeypatch: pytest.Monkey
     assert engine_of([policy], pages=20, model=model)._state.cache[0][0].shape[0] == 20
     with pytest.raises(UserError, match=r"a cache of 4.3e-05 GB does not fit into the 4.1e-05 GB that the device has"):
         engine_of([policy], pages=21, model=model)
+
+
+def test_the_fullest_device_of_a_mesh_says_how_many_pages_there_can_be() -> None:
+    def device(in_use: int) -> Any:
+        return SimpleNamespace(memory_stats=lambda: {"bytes_limit": 100, "bytes_in_use": in_use})
+
+    # Two copies of the model hold all pages, each device its key heads of them.
+    mesh = SimpleNamespace(devices=np.array([[device(10), device(30)], [device(20), device(0)]]), shape={"tp": 2})
+    assert engine_module._free_memory(cast("Qwen3", SimpleNamespace(mesh=mesh))) == 2 * 70

@@ -159,7 +159,7 @@ def _cells(
                     "prompts_sha256": _hash(hashes),
                     **about,
                     "dtype": str(model.model.dtype),
-                    "device": jax.devices()[0].device_kind,
+                    "device": _device(model),
                     "stride": config.decode.stride,
                     "layout": config.decode.layout,
                     "coupling": config.decode.coupling,
@@ -168,6 +168,11 @@ def _cells(
                     "batch_size": config.batch_size,
                     "seed": config.seed,
                 }
+
+
+def _device(model: LanguageModel) -> str:
+    mesh, kind = model.model.mesh, jax.devices()[0].device_kind
+    return kind if mesh is None else f"{kind}, tp {mesh.shape['tp']}, data_parallel {model.copies}"
 
 
 def _check_prompts(
