@@ -10,8 +10,8 @@ AR alone, then ISD, in the same engine: by the strides and layouts up to ``--str
 among them; with ``--fixed`` also by ``--stride`` and ``--layout`` alone, in an engine of its own. The table says which
 share of the rounds each way of decoding had. Without ``--model`` weights are random, in the shape of ``--config``, with
 a word-level tokenizer of the same vocabulary, and prompts are random tokens. ``--trace 1 64`` also looks at the device
-under so many clients: the time without a kernel, which is what the host does not hide, and how much of it is in gaps
-longer than those between the kernels of one program.
+under so many clients, last of all: the time without a kernel, which is what the host does not hide, and how much of it
+is in gaps longer than those between the kernels of one program.
 
 Random weights accept no draft. ``--simulated-acceptance P`` replaces, in this process alone, how many drafts are
 accepted by a draw from the request's seed: each with chance P if those before it were, none in a cold round. Forward
@@ -19,6 +19,7 @@ passes, verification and drafting run as ever, but the text means nothing. A mod
 its prompts are chats, those of IFEval unless ``--prompts`` names others.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -61,8 +62,8 @@ _CHATS = Path(ifeval.__file__).with_name("ifeval_prompts.jsonl")
 # For the noise of simulated acceptance; no other draw has this number.
 _PURPOSE_SIMULATED = 1 + max(PURPOSE_ACCEPT, PURPOSE_DRAFT, PURPOSE_TOKEN)
 _SECONDS = 3600.0
-# When and how long the device is traced, from the moment when all clients are served.
-_TRACE_AFTER, _TRACE_SECONDS = 0.5, 1.0
+# Most tokens of each request while the device is traced, and the part of the trace that counts: in it all are served.
+_TRACED_TOKENS, _MIDDLE = 256, (0.3, 0.6)
 
 
 @dataclass(frozen=True)
@@ -220,20 +221,22 @@ def measure(url: str, service: Service, name: str, vocabulary: int, options: Opt
 
 
 def idle(url: str, service: Service, vocabulary: int, level: int, options: Options) -> tuple[float, float] | None:
-    """Shares of a second under full load in which the device waits (``idle_shares``); None where it has no trace.
+    """Shares of the time under full load in which the device waits (``idle_shares``); None where it has no trace.
 
-    The profiler slows the host down a little, so this load is one more, and not among those that are measured.
+    The profiler is started and stopped while the device rests: it breaks kernels that are under way. It also slows the
+    host down a little, so this load is one more, and not among those that are measured.
     """
-    with clients(url, vocabulary, (level,), options) as process, tempfile.TemporaryDirectory() as folder:
-        while process.poll() is None and _running(service) < level:
-            time.sleep(0.01)
-        # Until the prompts are in.
-        time.sleep(_TRACE_AFTER)
-        with jax.profiler.trace(folder, create_perfetto_trace=True):
-            time.sleep(_TRACE_SECONDS)
-            full = _running(service) == level
-        process.communicate()
-        return idle_shares(read_trace(Path(folder))) if full else None
+    one_each = dataclasses.replace(options, requests=level, output_tokens=min(options.output_tokens, _TRACED_TOKENS))
+    with tempfile.TemporaryDirectory() as folder:
+        with (
+            jax.profiler.trace(folder, create_perfetto_trace=True),
+            clients(url, vocabulary, (level,), one_each) as process,
+        ):
+            while process.poll() is None and _running(service) < level:
+                time.sleep(0.01)
+            full = process.poll() is None
+            process.communicate()
+        return idle_shares(read_trace(Path(folder)), _MIDDLE) if full else None
 
 
 def rounds_by_policy(service: Service) -> dict[str, int]:
@@ -314,12 +317,13 @@ def main(options: Options) -> None:
                 for level in measure(url, service, name, model.config.vocab_size, options):
                     levels.append(level)
                     print(f"{options.what}: {json.dumps(level)}", file=sys.stderr, flush=True)
-                # Before the profiler, which can fail, and again after it.
                 text = report(levels, model, options)
-                for level in levels[-len(options.concurrency) :]:
-                    if level["concurrency"] in options.trace:
+            # When all else has been measured: the profiler can fail.
+            for name, strides.allowed in ways.items():
+                for level in levels:
+                    if level["way"] == name and level["concurrency"] in options.trace:
                         level["idle"] = idle(url, service, model.config.vocab_size, level["concurrency"], options)
-                text = report(levels, model, options)
+            text = report(levels, model, options)
     print(text)
 
 

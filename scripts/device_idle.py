@@ -17,10 +17,11 @@ def read_trace(folder: Path) -> list[dict[str, Any]]:
     return json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
 
 
-def idle_shares(events: list[dict[str, Any]]) -> tuple[float, float] | None:
-    """Share of the time from first to last kernel without any: in all, and in gaps of HOST_GAP µs or more.
+def idle_shares(events: list[dict[str, Any]], between: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float] | None:
+    """Share of the time without a kernel: in all, and in gaps of HOST_GAP µs or more.
 
-    Kernels of several streams may overlap. None where no kernel ran on a stream of a device, as on CPU.
+    ``between`` is the part of the time from first to last kernel that counts, as shares of it. Kernels of several
+    streams may overlap. None where no kernel ran on a stream of a device, as on CPU.
     """
     named = {"process_name": {}, "thread_name": {}}
     for event in events:
@@ -33,6 +34,11 @@ def idle_shares(events: list[dict[str, Any]]) -> tuple[float, float] | None:
     if not ran:
         return None
     begins, ends = np.array(sorted(ran), np.float64).T
+    first, last = begins[0] + np.array(between) * (ends.max() - begins[0])
+    within = (begins >= first) & (begins <= last)
+    begins, ends = begins[within], ends[within]
+    if not len(begins):
+        return None
     ended = np.maximum.accumulate(ends)
     gaps = np.maximum(begins[1:] - ended[:-1], 0)
     whole = ended[-1] - begins[0]

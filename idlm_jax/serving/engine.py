@@ -6,12 +6,14 @@ never waits for the host, and nothing is made anew when a request comes or goes.
 """
 
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from itertools import batched
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +51,10 @@ _LOGPROBS_AT_ONCE = 8
 _FEWEST_PAGES, _PAGES_FACTOR = 8, 4
 # Tokens that requests have when costs are measured, at most.
 _MEASURED_LENGTH = 512
+# Calls that are measured in one go, the host ahead of the device as in service.
+_MEASURED_CALLS = 4
+# Programs compiled at once, at most: each takes memory.
+_COMPILERS = 8
 # Share of the free memory of a device that pages may take; the rest is for what programs need while they run.
 _MEMORY_SHARE = 0.85
 
@@ -262,10 +268,12 @@ class PagedEngine:
         self._store(tokens, start, np.pad(tables, ((0, 0), (0, 1)), constant_values=BIN))
 
     def _store(self, tokens: np.ndarray, start: np.ndarray, tables: np.ndarray) -> None:
+        self._state = replace(self._state, cache=prefill_pages(*self._stored(tokens, start, tables)))
+
+    def _stored(self, tokens: np.ndarray, start: np.ndarray, tables: np.ndarray) -> tuple[Any, ...]:
         policy = self._widest
         adapter_from = None if policy.gated else 0
-        cache = prefill_pages(self._weights, self._state.cache, tokens, start, tables, adapter_from, policy.kernels)
-        self._state = replace(self._state, cache=cache)
+        return self._weights, self._state.cache, tokens, start, tables, adapter_from, policy.kernels
 
     def _prefill_widths(self) -> list[int]:
         widths = [self._pages_a_request]
@@ -291,9 +299,12 @@ class PagedEngine:
         return report, policy, seats, noted
 
     def _run(self, numbers: np.ndarray, trust: np.ndarray, policy: Policy) -> Report:
-        noted = ROUNDS * self._widest.stride if self.most_logprobs else 0
-        self._state, report = run_requests(self._weights, self._state, numbers, trust, ROUNDS, policy, noted)
+        self._state, report = run_requests(*self._rounds_of(numbers, trust, policy))
         return report
+
+    def _rounds_of(self, numbers: np.ndarray, trust: np.ndarray, policy: Policy) -> tuple[Any, ...]:
+        noted = ROUNDS * self._widest.stride if self.most_logprobs else 0
+        return self._weights, self._state, numbers, trust, ROUNDS, policy, noted
 
     def _log_probabilities(self, report: Report, rows: Sequence[int]) -> list[LogProbs]:
         """Those of some rows of a call, a few rows at a time."""
@@ -342,33 +353,53 @@ class PagedEngine:
 
     def _warm_up(self, say: Callable[[str], None]) -> None:
         began = time.monotonic()
-        shapes = [(size, width) for size in chunk_sizes(self.capacity) for width in self._prefill_widths()]
-        for number, (size, width) in enumerate(shapes, 1):
-            say(f"compiling prefill, {number} of {len(shapes)}: {size} tokens a prompt, up to {width * PAGE} in all")
-            rows = PREFILL_TOKENS // size
-            tables = np.full((rows, width + 1), BIN, np.int32)
-            self._store(np.zeros((rows, size), np.int32), np.zeros(rows, np.int32), tables)
+        self._compile(say)
+        for size, width in self._prefill_shapes():
+            self._store(*_no_prompts(size, width))
         for size in self._sizes():
             for policy in self.strides.policies:
                 if len(self.strides.policies) > 1 and not self.strides.worth_measuring(size, policy):
                     continue
                 seconds = self._measure(size, policy)
                 self.strides.measured(size, policy, seconds)
-                say(f"compiled {size} requests at once, {_name(policy)}: {1e3 * seconds:.2f} ms a round")
+                say(f"{size} requests at once, {_name(policy)}: {1e3 * seconds:.2f} ms a round")
         self._rest()
         say(f"ready after {time.monotonic() - began:.0f} s")
 
+    def _prefill_shapes(self) -> list[tuple[int, int]]:
+        return [(size, width) for size in chunk_sizes(self.capacity) for width in self._prefill_widths()]
+
+    def _compile(self, say: Callable[[str], None]) -> None:
+        """Compile the programs of prefill and of rounds side by side; a call then finds what ``compile`` has made."""
+
+        def compiled(program: Any, arguments: tuple[Any, ...]) -> None:
+            with self._model.on_its_mesh():
+                program.lower(*arguments).compile()
+
+        calls = [(prefill_pages, self._stored(*_no_prompts(*shape))) for shape in self._prefill_shapes()]
+        for size in self._sizes():
+            nobody = np.full(size, self._places, np.int32), np.zeros(size, bool)
+            calls += [(run_requests, self._rounds_of(*nobody, policy)) for policy in self.strides.policies]
+        pool = ThreadPoolExecutor(min(len(calls), os.cpu_count() or 1, _COMPILERS))
+        try:
+            say(f"compiling {len(calls)} programs")
+            jobs = [pool.submit(compiled, *call) for call in calls]
+            for number, job in enumerate(as_completed(jobs), 1):
+                job.result()
+                say(f"compiled {number} of {len(calls)} programs")
+        finally:
+            pool.shutdown(cancel_futures=True)
+
     def _measure(self, size: int, policy: Policy) -> float:
-        """Compile the rounds of so many requests; returns the seconds that one takes."""
-        seconds = []
+        """The seconds that a round of so many requests takes where calls follow each other without a gap."""
+        seconds, numbers = [], np.arange(size, dtype=np.int32)
         for _ in range(3):
             self._occupy(size)
-            numbers = np.arange(size, dtype=np.int32)
             began = time.perf_counter()
-            report = self._run(numbers, np.zeros(size, bool), policy)
-            jax.block_until_ready(report)
-            seconds.append((time.perf_counter() - began) / ROUNDS)
-        jax.block_until_ready(self._log_probabilities(report, [0]))
+            reports = [self._run(numbers, np.zeros(size, bool), policy) for _ in range(_MEASURED_CALLS)]
+            jax.block_until_ready(reports)
+            seconds.append((time.perf_counter() - began) / (ROUNDS * _MEASURED_CALLS))
+            jax.block_until_ready(self._log_probabilities(reports[-1], [0]))
         return min(seconds)
 
     def _occupy(self, size: int) -> None:
@@ -387,6 +418,12 @@ class PagedEngine:
         tables = self._tables([], self._places, self._pages_a_request)
         state = give_pages(self._state, np.arange(self._places, dtype=np.int32), tables)
         self._state = replace(state, done=jnp.ones(self._places, bool))
+
+
+def _no_prompts(size: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, first slots and tables of a prefill call that stores nothing of anybody."""
+    rows = PREFILL_TOKENS // size
+    return np.zeros((rows, size), np.int32), np.zeros(rows, np.int32), np.full((rows, width + 1), BIN, np.int32)
 
 
 def _asks(seat: Seat) -> bool:
