@@ -105,15 +105,12 @@ def on_one_device(array: Array) -> bool:
     return mesh.empty or mesh.are_all_axes_manual
 
 
-def on_each_device(function: Callable[..., Any], *arguments: Any, results: int = 1) -> Any:
-    """``function(*arguments)``; on a mesh, each device's part of it.
-
-    It returns ``results`` arrays, as a tuple if there are several, which lie as the first of the arguments do.
-    """
-    if on_one_device(arguments[0]):
+def on_each_device(function: Callable[..., Any], *arguments: Any, like: Any) -> Any:
+    """``function(*arguments)``; on a mesh, each device's part of it, the results lying as the arrays of ``like`` do."""
+    if on_one_device(jax.tree.leaves(like)[0]):
         return function(*arguments)
-    specs = tuple(jax.typeof(argument).sharding.spec for argument in arguments[:results])
-    return jax.shard_map(function, out_specs=specs if results > 1 else specs[0], check_vma=False)(*arguments)
+    specs = jax.tree.map(lambda array: jax.typeof(array).sharding.spec, like)
+    return jax.shard_map(function, out_specs=specs, check_vma=False)(*arguments)
 
 
 def by_request(function: Callable[..., Any], logits: Array, *others: Any) -> Any:

@@ -149,8 +149,8 @@ def cached_attention(
 
     def attend(q: Array, k: Array, v: Array, state: LayerCache) -> tuple[Array, LayerCache]:
         def attend_pool(pool: slice, keys: Array, values: Array) -> tuple[Array, Array, Array]:
-            new = (k[pool], v[pool], length_B[pool], mask_BWW[pool])
-            return on_each_device(store_and_attend, q[pool], keys, values, *new, pages_BN, results=3)
+            stored, new = (q[pool], keys, values), (k[pool], v[pool], length_B[pool], mask_BWW[pool])
+            return on_each_device(store_and_attend, *stored, *new, pages_BN, like=stored)
 
         return over_pools(attend_pool, state, pages_BN)
 

@@ -29,7 +29,7 @@ def window_attention(
     if _choose(implementation, q_BWHd, k_BKSd, paged=False) == "xla":
         return reference.window_attention(q_BWHd, k_BKSd, v_BKSd, prefix_B, mask_BWW)
     attend = dispatch.kernels("decode_attention").window_attention
-    return dispatch.on_each_device(attend, q_BWHd, k_BKSd, v_BKSd, prefix_B, mask_BWW)
+    return dispatch.on_each_device(attend, q_BWHd, k_BKSd, v_BKSd, prefix_B, mask_BWW, like=q_BWHd)
 
 
 def paged_window_attention(
@@ -49,7 +49,7 @@ def paged_window_attention(
     if _choose(implementation, q_BWHd, k_PKSd, paged=True) == "xla":
         return reference.paged_window_attention(q_BWHd, k_PKSd, v_PKSd, pages_BN, prefix_B, mask_BWW)
     attend = dispatch.kernels("decode_attention").paged_window_attention
-    return dispatch.on_each_device(attend, q_BWHd, k_PKSd, v_PKSd, pages_BN, prefix_B, mask_BWW)
+    return dispatch.on_each_device(attend, q_BWHd, k_PKSd, v_PKSd, pages_BN, prefix_B, mask_BWW, like=q_BWHd)
 
 
 def packing(

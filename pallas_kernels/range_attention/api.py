@@ -43,4 +43,4 @@ def range_attention(
         return reference.range_attention(q_BRHd, k_BLKd, v_BLKd, start_BR, end_BR, group, group_size)
     module = cudnn if chosen == "cudnn" else dispatch.kernels("range_attention")
     attend = partial(module.range_attention, group_size=group_size)
-    return dispatch.on_each_device(attend, q_BRHd, k_BLKd, v_BLKd, start_BR, end_BR, group)
+    return dispatch.on_each_device(attend, q_BRHd, k_BLKd, v_BLKd, start_BR, end_BR, group, like=q_BRHd)
