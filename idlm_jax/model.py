@@ -12,19 +12,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jinja2 import TemplateError
 
-from idlm_jax.backbone.adapter import Adapter, absorb
+from idlm_jax.backbone.adapter import Adapter
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.backbone.sharding import adapter_sharding, decoding_mesh, weight_sharding
-from idlm_jax.backbone.weights import fuse_projections
 from idlm_jax.checkpoint.open import load_params, open_source
 from idlm_jax.checkpoint.peft import load_adapter
 from idlm_jax.checkpoint.source import WeightSource, find_mask_token, parse_dtype
 from idlm_jax.config import ModelConfig
 from idlm_jax.decoding.config import DecodeConfig
+from idlm_jax.decoding.forward import prepare
 from idlm_jax.decoding.generate import DecodeStats, Decoding, Emission, SamplingParams, stats_from_history
 from idlm_jax.decoding.text import Piece, TextBuilder
 from idlm_jax.errors import UserError, did_you_mean
-from pallas_kernels.decode_layer.api import by_default
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -291,18 +290,14 @@ def load(
 def _assemble(
     source: WeightSource, config: ModelConfig, dtype: jnp.dtype | None, adapter: Adapter | None, mesh: Mesh | None
 ) -> Qwen3:
-    """The network in the form in which one device decodes fastest, or laid out over a mesh."""
-    if mesh is not None:
-        params = load_params(source, dtype, weight_sharding(mesh))
-        if adapter:
-            adapter = adapter.astype(params["embed_tokens"]["embedding"].dtype)
-            placed = jax.device_put(adapter.params, adapter_sharding(config, adapter, mesh))
-            adapter = Adapter(adapter.config, placed)
-        return Qwen3(config, params, adapter)
-    params = fuse_projections(load_params(source, dtype))
+    """The network in the form in which it decodes fastest, on one device or laid out over a mesh."""
+    params = load_params(source, dtype, None if mesh is None else weight_sharding(mesh))
     if adapter:
-        parameter_dtype = params["embed_tokens"]["embedding"].dtype
-        adapter = adapter.astype(parameter_dtype)
-        if by_default(parameter_dtype):
-            adapter = absorb(config, params, adapter)
-    return Qwen3(config, params, adapter)
+        adapter = adapter.astype(params["embed_tokens"]["embedding"].dtype)
+    if mesh is None:
+        return Qwen3(config, *prepare(config, params, adapter))
+    if adapter:
+        placed = jax.device_put(adapter.params, adapter_sharding(config, adapter, mesh))
+        adapter = Adapter(adapter.config, placed)
+    with jax.set_mesh(mesh):
+        return Qwen3(config, *prepare(config, params, adapter))

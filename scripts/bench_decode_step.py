@@ -13,8 +13,8 @@ decoding; the cache is donated and updated in place.
 ``--kernels auto xla`` measures with and without kernels (``auto`` takes them wherever they can run, whatever the
 default is), ``--adapter-rank 0 128`` without and with a gated LoRA on all projections, which acts on the rows after the
 first ``--adapter-from``. The floor counts its matrices. ``--cache dense paged`` compares places of a request's own with
-pages scattered over memory. ``--tp 2`` splits weights, heads and vocabulary over two devices, without an adapter; the
-floors are then those of a device with its part of all, what it sends to the others left out.
+pages scattered over memory. ``--tp 2`` splits weights, heads and vocabulary over two devices; the floors are then those
+of a device with its part of all, what it sends to the others left out.
 """
 
 import json
@@ -38,16 +38,15 @@ from rich.console import Console
 from rich.table import Table
 
 import pallas_kernels
-from idlm_jax.backbone.adapter import Adapter, AdapterConfig, absorb, init_adapter
+from idlm_jax.backbone.adapter import Adapter, AdapterConfig, init_adapter
 from idlm_jax.backbone.layers import split_axes
 from idlm_jax.backbone.qwen3 import Qwen3
-from idlm_jax.backbone.sharding import MESH_AXES, weight_sharding
-from idlm_jax.backbone.weights import fuse_projections, init_params
+from idlm_jax.backbone.sharding import MESH_AXES, adapter_sharding, weight_sharding
+from idlm_jax.backbone.weights import init_params
 from idlm_jax.config import ModelConfig, load_yaml
 from idlm_jax.decoding.cache import PAGE, Cache, bucket, init_cache
-from idlm_jax.decoding.forward import forward
+from idlm_jax.decoding.forward import forward, prepare
 from idlm_jax.evaluation.step_cost import Shape, demand
-from pallas_kernels.decode_layer.api import by_default
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,8 @@ def decode_steps(
 def launches(program: str) -> int:
     """Kernels that one step launches: what the body of the (outermost) loop of a compiled program calls."""
     body = re.search(rf"^%?{re.escape(re.findall(r'body=%?([\w.\-]+)', program)[-1])} \(.*?\n}}", program, re.M | re.S)
-    operation = r" (?:fusion|custom-call|copy|copy-start|scatter|sort|reduce|transpose|dynamic-update-slice|dot)\("
+    names = "fusion custom-call copy copy-start scatter sort reduce transpose dynamic-update-slice dot"
+    operation = rf" (?:{'|'.join(names.split())}|(?:all-reduce|all-gather)(?:-start)?|all-to-all)\("
     return 0 if body is None else len(re.findall(operation, body[0]))
 
 
@@ -145,18 +145,15 @@ def ceilings() -> tuple[float, float]:
 
 
 def make_model(config: ModelConfig, dtype: jnp.dtype, rank: int) -> Qwen3:
-    """A random model as ``idlm_jax.load`` would prepare it, or over the mesh that is set."""
-    mesh = jax.sharding.get_mesh()
-    if not mesh.empty:
-        return Qwen3(config, init_params(config, jax.random.key(0), dtype, weight_sharding(mesh)))
-    params = fuse_projections(init_params(config, jax.random.key(0), dtype))
-    if rank == 0:
-        return Qwen3(config, params)
-    settings = AdapterConfig(rank, 2 * rank)
-    adapter = init_adapter(config, settings, jax.random.key(1), dtype, b_scale=0.01)
-    if by_default(dtype):
-        adapter = absorb(config, params, adapter)
-    return Qwen3(config, params, Adapter(settings, adapter.params))
+    """A random model as ``idlm_jax.load`` would prepare it, over the mesh if one is set."""
+    mesh, adapter = jax.sharding.get_mesh(), None
+    params = init_params(config, jax.random.key(0), dtype, None if mesh.empty else weight_sharding(mesh))
+    if rank:
+        adapter = init_adapter(config, AdapterConfig(rank, 2 * rank), jax.random.key(1), dtype, b_scale=0.01)
+        if not mesh.empty:
+            placed = jax.device_put(adapter.params, adapter_sharding(config, adapter, mesh))
+            adapter = Adapter(adapter.config, placed)
+    return Qwen3(config, *prepare(config, params, adapter))
 
 
 def measure(
@@ -207,8 +204,6 @@ def main(settings: Settings) -> None:
     dtype = jnp.dtype(settings.dtype)
     bandwidth, peak = ceilings()
     if settings.tp > 1:
-        if any(settings.adapter_rank):
-            raise SystemExit("--tp: without an adapter only")
         jax.set_mesh(jax.make_mesh((1, 1, settings.tp), MESH_AXES, devices=jax.devices()[: settings.tp]))
     cases = []
     for rank in settings.adapter_rank:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from idlm_jax.backbone.weights import FUSED_PROJECTIONS, Params, Weight, layer_weights
+from idlm_jax.backbone.weights import FUSED_PROJECTIONS, Params, Weight, layer_weights, side_by_side
 from idlm_jax.config import ModelConfig
 from idlm_jax.errors import UserError, did_you_mean
 
@@ -139,6 +139,7 @@ def absorb(config: ModelConfig, params: Params, adapter: Adapter) -> Adapter:
     The products of a decode step then begin the adapter as well, which costs the bytes of those matrices and no launch.
     The kernels in ``params`` are replaced, one layer after the other; the adapter that is returned goes with them and
     holds the second matrices alone, side by side as the columns of the kernels, zero for projections without adapter.
+    On a mesh each device with columns of a kernel has all of the first matrices beside them.
     """
     groups = [*FUSED_PROJECTIONS, ("self_attn", "o_proj", ("o_proj",)), ("mlp", "down_proj", ("down_proj",))]
     columns = {weight.path.split(".")[-2]: weight.shape[-1] for weight in layer_weights(config, 0)}
@@ -151,13 +152,14 @@ def absorb(config: ModelConfig, params: Params, adapter: Adapter) -> Adapter:
             if not any(given):
                 continue
             some = next(filter(None, given))
-            zero = [jnp.zeros((len(some["b"]), columns[part]), some["b"].dtype) for part in parts]
+            sharding = jax.typeof(some["b"]).sharding
+            spec = None if sharding.mesh.empty else sharding.spec
+            zero = [jnp.zeros((len(some["b"]), columns[part]), some["b"].dtype, out_sharding=spec) for part in parts]
             a = [jnp.zeros_like(some["a"]) if one is None else one["a"] for one in given]
             b = [zero[i] if one is None else one["b"] for i, one in enumerate(given)]
             a = [jnp.pad(matrix, ((0, 0), (0, padding))) for matrix in a]
             weights = layer[module][name]
-            layer[module][name] = {**weights, "kernel": jnp.concatenate([weights["kernel"], *a], axis=1)}
-            b_side_by_side = jnp.pad(jnp.concatenate(b, axis=1), ((0, padding), (0, 0)))
-            second.setdefault(module, {})[name] = {"b": b_side_by_side}
+            layer[module][name] = {**weights, "kernel": side_by_side(weights["kernel"], *a)}
+            second.setdefault(module, {})[name] = {"b": jnp.pad(side_by_side(*b), ((0, padding), (0, 0)))}
         layers.append(second)
     return Adapter(adapter.config, {**adapter.params, "layers": layers})

@@ -7,6 +7,7 @@ float32 matrix products really are float32 (``Precision.HIGHEST``: accelerators 
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from idlm_jax.config import RopeConfig
+from pallas_kernels.dispatch import on_each_device
 
 # Name of the norms' mean squares, for policies of what to keep for the backward pass.
 NORM = "norm"
@@ -109,13 +111,27 @@ class Linear(nnx.Module):
         return y if self.lora is None else self.lora(x, y, adapter_from)
 
 
+def widths_here(widths: Sequence[int], columns: int) -> tuple[int, ...]:
+    """Of Linears side by side in so many columns, those of each: all of its own, or a device's part of all."""
+    return tuple(width * columns // sum(widths) for width in widths)
+
+
+def apart(y: Float[Array, "B L O"], widths: Sequence[int]) -> list[Float[Array, "B L O"]]:
+    """The outputs of Linears that lie side by side; on a mesh each device has columns of all of them."""
+
+    def split(y: Array) -> list[Array]:
+        return jnp.split(y, list(itertools.accumulate(widths_here(widths, y.shape[-1])))[:-1], axis=-1)
+
+    return on_each_device(split, y, like=[y] * len(widths))
+
+
 class FusedLinear(nnx.Module):
     """Several Linears of the same input as one product; their adapters stay apart (``weights.fuse_projections``)."""
 
     def __init__(self, params: dict, widths: Sequence[int], loras: Sequence[dict | None], lora_scale: float):
         self.kernel = nnx.Param(params["kernel"])
         self.bias = nnx.Param(params["bias"]) if "bias" in params else None
-        self.ends = tuple(itertools.accumulate(widths))[:-1]
+        self.widths = tuple(widths)
         self.loras = nnx.List([LoRA(lora, lora_scale) if lora else None for lora in loras])
 
     def __call__(self, x: Float[Array, "B L I"], adapter_from: int | None = None) -> list[Float[Array, "B L O"]]:
@@ -123,16 +139,15 @@ class FusedLinear(nnx.Module):
         y = matmul(x, self.kernel[...])
         if self.bias is not None:
             y = y + self.bias[...]
-        parts = jnp.split(y, self.ends, axis=-1)
-        return [
-            part if lora is None else lora(x, part, adapter_from) for part, lora in zip(parts, self.loras, strict=True)
-        ]
+        parts = zip(apart(y, self.widths), self.loras, strict=True)
+        return [part if lora is None else lora(x, part, adapter_from) for part, lora in parts]
 
 
 class AdaptedLinear(nnx.Module):
     """One or several Linears of the same input as one product that begins their adapters too (``adapter.absorb``).
 
-    After the columns of all Linears follow those of each adapter's first matrix.
+    After the columns of all Linears follow those of each adapter's first matrix. On a mesh that splits columns, each
+    device has its part of the Linears and the whole of those.
     """
 
     def __init__(self, params: dict, widths: Sequence[int], lora: dict, lora_scale: float):
@@ -145,24 +160,19 @@ class AdaptedLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B L I"], adapter_from: int | None = None) -> Float[Array, "B L O"]:
         """The outputs side by side; rows ``adapter_from`` and later also get the adapters, ``None`` leaves them out."""
-        ends = list(itertools.accumulate(self.widths))
-        y, shrunk = jnp.split(matmul(x, self.kernel[...]), [ends[-1]], axis=-1)
-        if self.bias is not None:
-            y = y + self.bias[...]
-        if adapter_from is None or adapter_from >= x.shape[1]:
+        y, bias = matmul(x, self.kernel[...]), None if self.bias is None else self.bias[...]
+        return on_each_device(partial(self._finished, adapter_from), y, bias, self.b[...], like=y)
+
+    def _finished(self, adapter_from: int | None, y: Array, bias: Array | None, b: Array) -> Float[Array, "B L O"]:
+        y, shrunk = jnp.split(y, [b.shape[1]], axis=-1)
+        if bias is not None:
+            y = y + bias
+        if adapter_from is None or adapter_from >= y.shape[1]:
             return y
-        halves = zip(
-            jnp.split(shrunk[:, adapter_from:], len(ends), axis=-1),
-            jnp.split(self.b[...], ends[:-1], axis=-1),
-            strict=True,
-        )
-        delta = jnp.concatenate([matmul(part, b) for part, b in halves], axis=-1)
+        halves = zip(jnp.split(shrunk[:, adapter_from:], len(self.widths), axis=-1), apart(b, self.widths), strict=True)
+        delta = jnp.concatenate([matmul(part, b_of_part) for part, b_of_part in halves], axis=-1)
         adapted = y[:, adapter_from:] + (self.lora_scale * delta).astype(y.dtype)
         return jnp.concatenate([y[:, :adapter_from], adapted], axis=1)
-
-    def apart(self, y: Float[Array, "B L O"]) -> list[Float[Array, "B L O"]]:
-        """The output of every Linear."""
-        return jnp.split(y, list(itertools.accumulate(self.widths))[:-1], axis=-1)
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:

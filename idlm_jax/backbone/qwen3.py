@@ -26,6 +26,7 @@ from idlm_jax.backbone.layers import (
     Linear,
     RMSNorm,
     Rope,
+    apart,
     apply_rope,
     matmul,
     rms_norm,
@@ -113,7 +114,7 @@ def _projections(
 
 def _project(projections: Projections, x: Float[Array, "B L I"], adapter_from: int | None) -> list[Array]:
     if isinstance(projections, AdaptedLinear):
-        return projections.apart(projections(x, adapter_from))
+        return apart(projections(x, adapter_from), projections.widths)
     if isinstance(projections, FusedLinear):
         return projections(x, adapter_from)
     return [linear(x, adapter_from) for linear in projections]

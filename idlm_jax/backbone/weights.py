@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from idlm_jax.config import ModelConfig
+from pallas_kernels.dispatch import on_each_device
 
 # A nested dict of arrays; ``layers`` is a list of dicts (unstacked) or one dict with a leading layer axis (stacked).
 Params = dict[str, Any]
@@ -178,6 +179,12 @@ FUSED_PROJECTIONS = (
 )
 
 
+@jax.jit
+def side_by_side(*matrices: jax.Array) -> jax.Array:
+    """The columns of several matrices in one; on a mesh each device puts those together that it has."""
+    return on_each_device(lambda *parts: jnp.concatenate(parts, axis=-1), *matrices, like=matrices[0])
+
+
 def fuse_projections(params: Params) -> Params:
     """Put q, k, v and gate, up side by side in one kernel each, what decoding runs (stacked or unstacked layers).
 
@@ -190,14 +197,14 @@ def fuse_projections(params: Params) -> Params:
         for module, name, parts in FUSED_PROJECTIONS:
             trees = [layer[module][part] for part in parts]
             rest = {key: value for key, value in layer[module].items() if key not in parts}
-            fused[module] = {**rest, name: jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *trees)}
+            fused[module] = {**rest, name: jax.tree.map(side_by_side, *trees)}
         return fused
 
     return _replace_layers(params, fuse)
 
 
 def split_projections(params: Params, config: ModelConfig) -> Params:
-    """The inverse of ``fuse_projections``; also replaces the layers in ``params``."""
+    """The inverse of ``fuse_projections`` on one device; also replaces the layers in ``params``."""
     columns = {weight.path.split(".")[-2]: weight.shape[-1] for weight in layer_weights(config, 0)}
 
     def split(layer: Params) -> Params:

@@ -1,26 +1,42 @@
 """One forward pass over a window of every request and its cache: the model's own, or the same by few launches.
 
 At the few rows of a window a step waits for launches. Where the kernels of ``pallas_kernels.decode_layer`` run, each
-layer is its four products, its attention, and one kernel in each gap between them.
+layer is its four products, its attention, and one kernel in each gap between them; on a mesh each device does that with
+its heads and its part of the MLP, and two sums a layer go round.
 """
 
 from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from idlm_jax.backbone.layers import AdaptedLinear, FusedLinear, Linear, rope_tables, split_axes
+from idlm_jax.backbone.adapter import Adapter, absorb
+from idlm_jax.backbone.layers import AdaptedLinear, FusedLinear, Linear, rope_tables, split_axes, widths_here
 from idlm_jax.backbone.qwen3 import Attention, Block, Qwen3
+from idlm_jax.backbone.weights import Params, fuse_projections
+from idlm_jax.config import ModelConfig
 from idlm_jax.decoding.cache import Cache, LayerCache, attend_window, cached_attention, over_pools
 from pallas_kernels.decode_attention.api import packed_window_attention, packing
-from pallas_kernels.decode_layer.api import choose
+from pallas_kernels.decode_layer.api import by_default, choose
 from pallas_kernels.decode_layer.product import Expand, Normed, Product, multiply
 from pallas_kernels.decode_layer.reference import scale_rows
+from pallas_kernels.dispatch import on_each_device
+
+
+def prepare(config: ModelConfig, params: Params, adapter: Adapter | None) -> tuple[Params, Adapter | None]:
+    """Weights and adapter in the form in which this machine decodes fastest; the layers in ``params`` are replaced.
+
+    What lies on a mesh is prepared under it, each device's part where it is.
+    """
+    params = fuse_projections(params)
+    if adapter and by_default(params["embed_tokens"]["embedding"].dtype):
+        adapter = absorb(config, params, adapter)
+    return params, adapter
 
 
 def forward(
@@ -65,6 +81,8 @@ def _lacking(model: Qwen3, dtype: jnp.dtype) -> str | None:
         isinstance(linear, FusedLinear) and any(lora is not None for lora in linear.loras) for linear in inputs
     ):
         return "an adapter that is not absorbed"
+    if jax.typeof(model.embedding[...]).sharding.mesh.shape.get("fsdp", 1) > 1:
+        return "weights split over the axis fsdp"
     return None
 
 
@@ -81,38 +99,59 @@ def forward_by(
     pages_BN: Int[Array, "B N"] | None = None,
 ) -> tuple[Float[Array, "B W D"], Cache]:
     """``forward`` with the given operations between products: the kernels or their reference."""
-    rows = tokens.shape[1]
+    rows, epsilon = tokens.shape[1], model.config.rms_norm_eps
     gate = rows if adapter_from is None else min(adapter_from, rows)
     x = model.embed(tokens, adapter_from)
     cos, sin = rope_tables(model.config.rope, model.config.head_dim, positions)
-    tables = cos[:, :, 0], sin[:, :, 0]
     layers = cast("Sequence[Block]", model.layers)
-    first_scale, *next_scales = (norm.scale[...] for norm in (*(block.input_layernorm for block in layers), model.norm))
-    normed = scale_rows(x, first_scale)
-    epsilon, new_cache = model.config.rms_norm_eps, []
-    for block, next_scale, state in zip(layers, next_scales, cache, strict=True):
-        attention, mlp = block.self_attn, block.mlp
-        product = _product(cast("FusedLinear", attention.qkv_proj), normed, gate, epsilon)
-        out, state = _attend(operations, attention, product, tables, length_B, mask_BWW, state, kernels, pages_BN)
-        product = _product(attention.o_proj, out, gate, epsilon)
-        x, normed = operations.add(x, product, block.post_attention_layernorm.scale[...])
-        product = _product(cast("FusedLinear", mlp.gate_up_proj), normed, gate, epsilon)
-        hidden = operations.gated(product, x.dtype)
-        x, normed = operations.add(x, _product(mlp.down_proj, hidden, gate, epsilon), next_scale)
-        new_cache.append(state)
-    return model.norm(x), tuple(new_cache)
+    # The mesh axes over which the sums of the two projections back into the residual stream are split.
+    over_o, over_down = (_inputs_axis(linear) for linear in (layers[0].self_attn.o_proj, layers[0].mlp.down_proj))
+
+    def through(
+        x: Array, cache: Cache, layers: Sequence[Block], last_scale: Array, tables: tuple[Array, Array], *window: Any
+    ) -> tuple[Array, Cache]:
+        first_scale, *next_scales = *(block.input_layernorm.scale[...] for block in layers), last_scale
+        normed = scale_rows(x, first_scale)
+        new_cache = []
+        for block, next_scale, state in zip(layers, next_scales, cache, strict=True):
+            attention, mlp = block.self_attn, block.mlp
+            product = _product(cast("FusedLinear", attention.qkv_proj), normed, gate, epsilon)
+            out, state = _attend(operations, attention, product, tables, state, kernels, *window)
+            product = _product(attention.o_proj, out, gate, epsilon, over_o)
+            x, normed = operations.add(x, product, block.post_attention_layernorm.scale[...])
+            product = _product(cast("FusedLinear", mlp.gate_up_proj), normed, gate, epsilon)
+            hidden = operations.gated(product, x.dtype)
+            product = _product(mlp.down_proj, hidden, gate, epsilon, over_down)
+            x, normed = operations.add(x, product, next_scale)
+            new_cache.append(state)
+        return x, tuple(new_cache)
+
+    of_model = model.layers, model.norm.scale[...], (cos[:, :, 0], sin[:, :, 0])
+    x, cache = on_each_device(through, x, cache, *of_model, length_B, mask_BWW, pages_BN, like=(x, cache))
+    return model.norm(x), cache
 
 
-def _product(linear: Linear | FusedLinear | AdaptedLinear, x: Array | Normed, gate: int, epsilon: float) -> Product:
+def _inputs_axis(linear: Linear | AdaptedLinear) -> str | None:
+    axes = split_axes(linear.kernel[...])
+    return None if axes is None else axes[0]
+
+
+def _product(
+    linear: Linear | FusedLinear | AdaptedLinear,
+    x: Array | Normed,
+    gate: int,
+    epsilon: float,
+    split_over: str | None = None,
+) -> Product:
     """The unfinished product of a projection, its adapter acting from window row ``gate`` on."""
     rows = (x.values_BWD if isinstance(x, Normed) else x).shape[1]
     kernel, bias = linear.kernel[...], None if linear.bias is None else linear.bias[...]
     expand, columns = None, kernel.shape[1]
     if isinstance(linear, AdaptedLinear):
-        columns = sum(linear.widths)
+        columns = linear.b.shape[1]
         if gate < rows:
-            expand = Expand(linear.b[...], linear.lora_scale, gate, linear.widths)
-    return multiply(x, kernel, bias, expand, columns, epsilon)
+            expand = Expand(linear.b[...], linear.lora_scale, gate, widths_here(linear.widths, columns))
+    return multiply(x, kernel, bias, expand, columns, epsilon, split_over)
 
 
 def _attend(
@@ -120,10 +159,10 @@ def _attend(
     attention: Attention,
     product: Product,
     tables: tuple[Array, Array],
-    length_B: Array,
-    mask_BWW: Array,
     state: LayerCache,
     kernels: str,
+    length_B: Array,
+    mask_BWW: Array,
     pages_BN: Array | None,
 ) -> tuple[Float[Array, "B W O"], LayerCache]:
     """Attention of one layer, pool by pool."""

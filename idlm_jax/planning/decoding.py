@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from idlm_jax.backbone.adapter import Adapter, AdapterConfig, absorb, init_adapter
+from idlm_jax.backbone.adapter import Adapter, AdapterConfig, init_adapter
 from idlm_jax.backbone.qwen3 import Qwen3
 from idlm_jax.backbone.sharding import MESH_AXES, adapter_sharding, weight_sharding
-from idlm_jax.backbone.weights import Params, abstract_params, build_params, fuse_projections, parameter_count
+from idlm_jax.backbone.weights import Params, abstract_params, build_params, parameter_count
 from idlm_jax.config import ModelConfig
 from idlm_jax.decoding.admission import MOST_END_TOKENS
 from idlm_jax.decoding.cache import cache_bytes
+from idlm_jax.decoding.forward import prepare
 from idlm_jax.decoding.generate import idle_state
 from idlm_jax.decoding.step import DecodeState, Policy, decode_rounds
 from idlm_jax.decoding.window import window_rows
@@ -24,7 +25,6 @@ from idlm_jax.evaluation.step_cost import Shape, demand
 from idlm_jax.planning.report import Report, examine
 from idlm_jax.planning.targets import Target, compiling_for
 from idlm_jax.training.plan import device_bytes
-from pallas_kernels.decode_layer.api import by_default
 
 _DTYPE = jnp.dtype(jnp.bfloat16)
 # Share of the memory that weights and cache may take where the mesh is proposed: the rest is for what a round holds.
@@ -112,32 +112,26 @@ def _adapter_config(rank: int) -> AdapterConfig:
 
 
 def _weights(model: ModelConfig, rank: int, everywhere: Sharding, mesh: Mesh | None) -> tuple[Params, Any]:
-    """Shapes of the parameters and of an adapter's, as ``load`` makes them for one device, or laid out over a mesh."""
-    settings = _adapter_config(rank)
-
-    def make() -> Adapter:
-        return init_adapter(model, settings, jax.random.key(0), _DTYPE)
-
-    if mesh is None:
-
-        def whole(params: Params) -> tuple[Params, Any]:
-            params = fuse_projections({**params, "layers": list(params["layers"])})
-            adapter = make() if rank else None
-            if adapter and by_default(_DTYPE):
-                adapter = absorb(model, params, adapter)
-            return params, adapter.params if adapter else None
-
-        return _placed(everywhere, whole, abstract_params(model, _DTYPE))
-    sharding = weight_sharding(mesh)
-    params = build_params(model, lambda w: jax.ShapeDtypeStruct(w.shape, _DTYPE, sharding=sharding(w)))
-    if not rank:
-        return params, None
-    shapes = jax.eval_shape(lambda: make().params)
+    """Shapes of the parameters and of an adapter's, as ``load`` makes them."""
+    settings, params = _adapter_config(rank), abstract_params(model, _DTYPE)
+    adapter = None
+    if rank:
+        shapes = jax.eval_shape(lambda: init_adapter(model, settings, jax.random.key(0), _DTYPE).params)
+        adapter = Adapter(settings, shapes)
 
     def place(leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return params, jax.tree.map(place, shapes, adapter_sharding(model, Adapter(settings, shapes), mesh))
+    if mesh is not None:
+        params = jax.tree.map(place, params, build_params(model, weight_sharding(mesh)))
+        if adapter:
+            adapter = Adapter(settings, jax.tree.map(place, adapter.params, adapter_sharding(model, adapter, mesh)))
+
+    def prepared(params: Params, matrices: Any) -> tuple[Params, Any]:
+        params, made = prepare(model, params, Adapter(settings, matrices) if adapter else None)
+        return params, made.params if made else None
+
+    return _placed(everywhere, prepared, params, adapter.params if adapter else None)
 
 
 def _state(model: ModelConfig, work: Workload, everywhere: Sharding) -> DecodeState:

@@ -114,20 +114,29 @@ def multiply(
     expand: Expand | None,
     columns: int,
     epsilon: float,
+    split_over: str | None = None,
 ) -> Product:
-    """The product of rows and a kernel; ``columns`` are those before the columns of a LoRA's first half."""
+    """The product of rows and a kernel; ``columns`` are those before the columns of a LoRA's first half.
+
+    Where the devices of the mesh axis ``split_over`` have parts of the inputs each, all get the whole sums. Those of a
+    device are one summand by then, as few bytes as can be, and rounded once if there are many rows.
+    """
     values = x.values_BWD if isinstance(x, Normed) else x
     batch, rows, inputs = values.shape
     splits = splits_of(batch * rows, inputs, kernel_IC.shape[1])
+    unsplit_dtype = jnp.float32 if batch * rows <= _FLOAT32_ROWS else values.dtype
     multiplied = partial(
         jnp.einsum,
         precision=jax.lax.Precision.HIGHEST if values.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32 if splits > 1 or batch * rows <= _FLOAT32_ROWS else values.dtype,
+        preferred_element_type=jnp.float32 if splits > 1 else unsplit_dtype,
     )
     if splits == 1:
         parts = multiplied("bwi,ic->bwc", values, kernel_IC)
     else:
         values_RSI = values.reshape(batch * rows, splits, -1)
         parts = multiplied("rsi,sic->src", values_RSI, kernel_IC.reshape(splits, -1, kernel_IC.shape[1]))
+    parts_SBWC = parts.reshape(splits, batch, rows, -1)
+    if split_over is not None:
+        parts_SBWC = jax.lax.psum(jnp.sum(parts_SBWC, axis=0, keepdims=True).astype(unsplit_dtype), split_over)
     squares = x.squares_BWT if isinstance(x, Normed) else None
-    return Product(parts.reshape(splits, batch, rows, -1), bias_N, squares, expand, columns, inputs, epsilon)
+    return Product(parts_SBWC, bias_N, squares, expand, columns, inputs, epsilon)

@@ -45,8 +45,8 @@ def make_adapter(folder: Path) -> Path:
 def check_layout(adapter: Path) -> None:
     """Weights and adapter are in parts, and every device has its own."""
     model = load(TINY, adapter, "float32", 0, tp=2, data_parallel=2).model
-    gate = model.layers[0].mlp.gate_up_proj[0]
-    for array in (gate.kernel[...], gate.lora.b[...], model.embedding[...]):
+    gate_up = model.layers[0].mlp.gate_up_proj
+    for array in (gate_up.kernel[...], gate_up.loras[0].b[...], model.embedding[...]):
         assert len({str(part.index) for part in array.addressable_shards}) == 2
         assert all(2 * part.data.size == array.size for part in array.addressable_shards)
 

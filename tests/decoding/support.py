@@ -16,6 +16,7 @@ from idlm_jax.backbone.qwen3 import Qwen3, causal_logits
 from idlm_jax.backbone.sharding import adapter_sharding, weight_sharding
 from idlm_jax.backbone.weights import Params, build_params, init_params
 from idlm_jax.config import ModelConfig
+from idlm_jax.decoding.forward import prepare
 from idlm_jax.decoding.generate import SamplingParams
 from idlm_jax.decoding.sampling import COUPLINGS, Coupling, Drafts, RatioCoupling
 from idlm_jax.decoding.step import Policy
@@ -60,11 +61,12 @@ def tiny_model(config: ModelConfig | None = None, adapter: bool = False, seed: i
 
 
 def laid_out(config: ModelConfig, params: Params, adapter: Adapter | None, mesh: Mesh) -> Qwen3:
-    """A model whose weights, and those of its adapter, lie over a mesh by the rules."""
+    """A model whose weights, and those of its adapter, lie over a mesh by the rules, as ``load`` prepares it."""
     params = jax.device_put(params, build_params(config, weight_sharding(mesh)))
     if adapter is not None:
         adapter = Adapter(adapter.config, jax.device_put(adapter.params, adapter_sharding(config, adapter, mesh)))
-    return Qwen3(config, params, adapter)
+    with jax.set_mesh(mesh):
+        return Qwen3(config, *prepare(config, params, adapter))
 
 
 @dataclass(frozen=True)

@@ -35,12 +35,17 @@ def _params(config: ModelConfig) -> Params:
     shapes, tree = jax.tree.flatten(abstract_params(config, jnp.float32))
     generator = np.random.default_rng(0)
     leaves = [0.3 * generator.normal(size=leaf.shape) + (leaf.ndim == 1) for leaf in shapes]
-    return fuse_projections(jax.tree.unflatten(tree, map(jnp.float32, leaves)))
+    return jax.tree.unflatten(tree, map(jnp.float32, leaves))
+
+
+def params_apart(config: ModelConfig) -> Params:
+    """Random parameters, also of norms and biases; the lists and dicts are the caller's own."""
+    return jax.tree.map(lambda leaf: leaf, _params(config))
 
 
 def params_of(config: ModelConfig) -> Params:
-    """Random fused parameters, also of norms and biases; the lists and dicts are the caller's own."""
-    return jax.tree.map(lambda leaf: leaf, _params(config))
+    """Those parameters, fused."""
+    return fuse_projections(params_apart(config))
 
 
 def adapter_of(config: ModelConfig, targets: tuple[str, ...] = tuple(TARGET_MODULES)) -> Adapter:
