@@ -1,4 +1,4 @@
-"""Compile decode steps of Qwen3-8B for an H100 that need not be there; run by test_decode_layer.py.
+"""Compile decode steps of Qwen3-8B for H100s that need not be there; run by test_decode_layer.py.
 
 ``h100.txtpb`` describes the chip to XLA. Programs are compiled, not run.
 """
@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,14 +21,17 @@ import jax_triton
 import triton
 from jax._src.lib import gpu_triton
 from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import pallas_kernels
-from idlm_jax.backbone.adapter import Adapter, AdapterConfig, absorb, init_adapter
+from idlm_jax.backbone.adapter import Adapter, AdapterConfig
+from idlm_jax.backbone.layers import split_axes
 from idlm_jax.backbone.qwen3 import Qwen3
-from idlm_jax.backbone.weights import Params, fuse_projections, init_params
+from idlm_jax.backbone.sharding import MESH_AXES
 from idlm_jax.config import ModelConfig, load_yaml
 from idlm_jax.decoding.cache import PAGE, Cache, init_cache
 from idlm_jax.decoding.forward import forward
+from idlm_jax.planning.decoding import _placed, _weights
 from pallas_kernels import dispatch
 from pallas_kernels.decode_layer import api
 
@@ -37,9 +41,12 @@ LAYERS, SLOTS, RANK = 2, 1024, 128
 WINDOWS = [(1, 7), (1, 16), (32, 7), (64, 7)]
 # The same caches in pages, whose table is the batch's.
 PAGED_WINDOWS = [(1, 7), (64, 7)]
-# Four products, attention with the merging of its parts, and four kernels.
-LAUNCHES_A_LAYER = 10
-LAUNCH = r"(?:fusion|custom-call|copy|copy-start|scatter|sort|reduce|transpose|dynamic-update-slice)\("
+# Window, pages or not, and devices.
+MESH_CASES = [((1, 7), False, 2), ((64, 7), True, 2)]
+# Four products, attention with the merging of its parts, and four kernels; on a mesh the summands of two products are
+# added up on each device and then over all.
+LAUNCHES_A_LAYER = {1: 10, 2: 14}
+LAUNCH = r"(?:fusion|custom-call|copy|copy-start|scatter|sort|reduce|all-reduce-start|transpose|dynamic-update-slice)\("
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 # Name and bytes of shared memory of each, by its PTX.
@@ -72,38 +79,39 @@ def step(config: ModelConfig, lora: AdapterConfig | None, weights: tuple, cache:
     def body(_, carry):
         cache, tokens = carry
         hidden, cache = forward(model, tokens, positions, length, mask, cache, 4 if lora else None, pages_BN=pages)
-        return cache, jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32)
+        logits = model.logits(hidden)
+        if split_axes(logits) is not None:
+            logits = jax.reshard(logits, PartitionSpec())
+        return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     return jax.lax.fori_loop(0, 8, body, (cache, tokens))
 
 
-def weights_of(config: ModelConfig, lora: AdapterConfig | None) -> tuple[Params, Params | None]:
-    """Parameters, and the second matrices of an adapter."""
-    params = fuse_projections(init_params(config, jax.random.key(0), jnp.bfloat16))
-    if lora is None:
-        return params, None
-    return params, absorb(config, params, init_adapter(config, lora, jax.random.key(1), jnp.bfloat16)).params
-
-
-def launches(batch: int, rows: int, rank: int, layers: int, paged: bool) -> int:
+def launches(batch: int, rows: int, rank: int, layers: int, paged: bool, tp: int) -> int:
     """Launches of a step, counted in the body of its loop; raises AssertionError where something is copied."""
     config = ModelConfig.from_hf(load_yaml(ROOT / "configs/models/qwen3-8b.yaml"))
     config = config.replace(mask_token_id=16, num_hidden_layers=layers)
     lora = AdapterConfig(rank, 2 * rank) if rank else None
     description = (ROOT / "idlm_jax/planning/h100.txtpb").read_text(encoding="utf-8")
-    topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology="1x1x1")
-    device = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology=f"1x1x{tp}")
+    mesh, everywhere = None, SingleDeviceSharding(topology.devices[0])
+    if tp > 1:
+        mesh = jax.make_mesh((1, 1, tp), MESH_AXES, devices=topology.devices)
+        everywhere = NamedSharding(mesh, PartitionSpec())
     pages = SLOTS // PAGE
     sizes = (batch * pages + 1, PAGE) if paged else (batch, SLOTS)
-    inputs = (
-        jax.eval_shape(partial(weights_of, config, lora)),
-        jax.eval_shape(lambda: init_cache(config, *sizes, jnp.bfloat16)),
-        jax.ShapeDtypeStruct((batch, rows), jnp.int32),
-        jax.ShapeDtypeStruct((batch,), jnp.int32),
-        *([jax.ShapeDtypeStruct((batch, pages), jnp.int32)] if paged else []),
-    )
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), inputs)
-    text = jax.jit(partial(step, config, lora), donate_argnums=1).lower(*placed).compile().as_text()
+
+    def others() -> tuple[jax.Array, ...]:
+        table = [jnp.zeros((batch, pages), jnp.int32)] if paged else []
+        return jnp.zeros((batch, rows), jnp.int32), jnp.zeros((batch,), jnp.int32), *table
+
+    with nullcontext() if mesh is None else jax.set_mesh(mesh):
+        weights = _weights(config, rank, everywhere, mesh)
+        cache = _placed(everywhere, lambda: init_cache(config, *sizes, jnp.bfloat16))
+        lowered = jax.jit(partial(step, config, lora), donate_argnums=1).lower(
+            weights, cache, *_placed(everywhere, others)
+        )
+    text = lowered.compile().as_text()
     name = re.findall(r"body=%?([\w.\-]+)", text)[-1]
     body = re.search(rf"^%?{re.escape(name)} \(.*?\n}}", text, re.MULTILINE | re.DOTALL)[0]
     lines = [line for line in body.splitlines() if re.search(LAUNCH, line)]
@@ -117,15 +125,13 @@ def launches(batch: int, rows: int, rank: int, layers: int, paged: bool) -> int:
 def main() -> None:
     """Check how many launches a layer takes, and that no Triton kernel spills registers."""
     pretend_hopper()
-    for (batch, rows), paged in [
-        *((window, False) for window in WINDOWS),
-        *((window, True) for window in PAGED_WINDOWS),
-    ]:
+    cases = [(window, False, 1) for window in WINDOWS] + [(window, True, 1) for window in PAGED_WINDOWS]
+    for (batch, rows), paged, tp in [*cases, *MESH_CASES]:
         for rank in (0, RANK):
-            a_layer = launches(batch, rows, rank, 2, paged) - launches(batch, rows, rank, 1, paged)
+            few, more = (launches(batch, rows, rank, layers, paged, tp) for layers in (1, 2))
             kind = "pages" if paged else "dense"
-            print(f"{batch} x {rows} rows, rank {rank}, {kind}: {a_layer} launches a layer", flush=True)
-            assert a_layer <= LAUNCHES_A_LAYER, (batch, rows, rank, paged, a_layer)
+            print(f"{batch} x {rows} rows, rank {rank}, {kind}, tp {tp}: {more - few} launches a layer", flush=True)
+            assert more - few <= LAUNCHES_A_LAYER[tp], (batch, rows, rank, paged, tp, more - few)
     for ptx, (name, shared) in kernels.items():
         with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
             file.write(ptx)

@@ -268,18 +268,15 @@ def test_on_hopper_auto_takes_the_kernels_where_they_can_run(monkeypatch):
         assert choose(**changes) == "xla"
         with pytest.raises(ValueError, match=message):
             choose("triton", **changes)
-    with (
-        jax.set_mesh(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])),
-        pytest.raises(ValueError, match="mesh"),
-    ):
-        choose("triton")
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])):
+        assert choose("triton") == "triton"
 
 
 @pytest.mark.aot
 @pytest.mark.skipif(
     not HAS_TRITON or find_spec("jax_cuda13_plugin") is None, reason="needs Triton and the CUDA plug-in"
 )
-def test_a_step_compiles_for_an_h100_in_few_launches_without_spills_and_without_copies_of_the_cache():
+def test_a_step_compiles_for_one_and_two_h100s_in_few_launches_without_spills_and_without_copies_of_the_cache():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.kernels.decode_layer_aot"]
     root = Path(__file__).parents[2]
