@@ -5,7 +5,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 2)
 
 import sys  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
+from collections.abc import Iterator, Sequence  # noqa: E402
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -18,6 +18,7 @@ from idlm_jax.decoding.generate import SamplingParams  # noqa: E402
 from idlm_jax.decoding.step import Policy  # noqa: E402
 from idlm_jax.serving.engine import PagedEngine  # noqa: E402
 from tests.decoding.helpers import AR, drafting_adapter, drafting_config, drafting_params  # noqa: E402
+from tests.decoding.operations import by_operations  # noqa: E402
 from tests.decoding.support import laid_out  # noqa: E402
 from tests.serving import test_engine  # noqa: E402
 from tests.serving.support import TINY, post, serving, tiny  # noqa: E402
@@ -52,6 +53,16 @@ class OverTwoDevices:
         monkeypatch.setattr(test_engine, "engine_of", engine_of)
 
 
+class ByFewLaunches(OverTwoDevices):
+    """The same with layers that run as the kernels would run them."""
+
+    @pytest.fixture(autouse=True)
+    def by_few_launches(self) -> Iterator[None]:
+        with by_operations() as used:
+            yield
+        assert used
+
+
 def check_layout() -> None:
     """Each device has half of the weights and of the key heads."""
     model = split_model()
@@ -77,4 +88,6 @@ if __name__ == "__main__":
     check_layout()
     check_service()
     chosen = [f"{test_engine.__file__}::{name}" for name in ENGINE]
-    sys.exit(pytest.main([*chosen, "-q", "-x"], [OverTwoDevices()]))
+    failed = pytest.main([*chosen, "-q", "-x"], [OverTwoDevices()])
+    jax.clear_caches()
+    sys.exit(failed or pytest.main([chosen[-1], "-q"], [ByFewLaunches()]))
