@@ -104,8 +104,7 @@ def forward_by(
     x = model.embed(tokens, adapter_from)
     cos, sin = rope_tables(model.config.rope, model.config.head_dim, positions)
     layers = cast("Sequence[Block]", model.layers)
-    # The mesh axes over which the sums of the two projections back into the residual stream are split.
-    over_o, over_down = (_inputs_axis(linear) for linear in (layers[0].self_attn.o_proj, layers[0].mlp.down_proj))
+    over_o, over_down = (_split_over(linear) for linear in (layers[0].self_attn.o_proj, layers[0].mlp.down_proj))
 
     def through(
         x: Array, cache: Cache, layers: Sequence[Block], last_scale: Array, tables: tuple[Array, Array], *window: Any
@@ -131,9 +130,11 @@ def forward_by(
     return model.norm(x), cache
 
 
-def _inputs_axis(linear: Linear | AdaptedLinear) -> str | None:
-    axes = split_axes(linear.kernel[...])
-    return None if axes is None else axes[0]
+def _split_over(linear: Linear | AdaptedLinear) -> str | None:
+    """The mesh axis whose devices have a part of the inputs of a projection each."""
+    sharding = jax.typeof(linear.kernel[...]).sharding
+    axis = sharding.spec[0]
+    return axis if sharding.mesh.shape.get(axis, 1) > 1 else None
 
 
 def _product(

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from idlm_jax.backbone.qwen3 import Qwen3  # noqa: E402
 from idlm_jax.backbone.sharding import MESH_AXES, cache_spec  # noqa: E402
+from idlm_jax.backbone.weights import Params, fuse_projections  # noqa: E402
 from idlm_jax.config import ModelConfig  # noqa: E402
 from idlm_jax.decoding.cache import Cache, init_cache  # noqa: E402
 from idlm_jax.decoding.forward import forward  # noqa: E402
@@ -43,17 +44,18 @@ def window(config: ModelConfig) -> tuple[jax.Array, ...]:
     return jnp.asarray(tokens), LENGTHS[:, None] + jnp.arange(ROWS), LENGTHS, mask
 
 
-def cache_of(config: ModelConfig, paged: bool) -> Cache:
-    """Full of numbers."""
-    generator = np.random.default_rng(2)
-    dense = init_cache(config, BATCH, SLOTS, jnp.float32)
+def cache_of(model: Qwen3, paged: bool) -> Cache:
+    """Full of numbers that bfloat16 holds exactly."""
+    config, generator = model.config, np.random.default_rng(2)
+    dense = init_cache(config, BATCH, SLOTS, jnp.bfloat16)
     dense = jax.tree.map(lambda x: jnp.asarray(generator.normal(size=x.shape), x.dtype), dense)
-    return copied_to_pages(init_cache(config, 21, PAGE, jnp.float32), dense, TABLE) if paged else dense
+    dense = jax.tree.map(lambda x: x.astype(model.dtype), dense)
+    return copied_to_pages(init_cache(config, 21, PAGE, model.dtype), dense, TABLE) if paged else dense
 
 
 def run(model: Qwen3, gate: int | None, kernels: str, paged: bool, mesh: Mesh | None) -> list[np.ndarray]:
     """Hidden states and caches, whole."""
-    cache, pages = cache_of(model.config, paged), TABLE if paged else None
+    cache, pages = cache_of(model, paged), TABLE if paged else None
     if mesh is not None:
         heads = model.config.num_key_value_heads
         cache = jax.device_put(cache, NamedSharding(mesh, cache_spec(mesh, 1 if paged else BATCH, heads)))
@@ -81,6 +83,32 @@ def check_forward() -> None:
                 assert_same(run(model, gate, "xla", paged, mesh), wanted)
                 assert used["add"] == 2 * config.num_hidden_layers
             print(name, shape, "paged" if paged else "dense", "ok", flush=True)
+
+
+def check_rounding() -> None:
+    """In bfloat16 it is no farther from float32 than the model is, also where devices round before they add up."""
+    config = tiny_config(hidden_size=256, intermediate_size=512, **EIGHT_HEADS)
+    mesh = jax.make_mesh((1, 1, 4), MESH_AXES)
+    adapter = adapter_of(config).astype(jnp.bfloat16)
+
+    def params(dtype: type) -> Params:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(dtype), params_apart(config))
+
+    exact = Qwen3(config, fuse_projections(params(jnp.float32)), adapter.astype(jnp.float32))
+    wanted = run(exact, GATE, "xla", False, None)[0]
+
+    def error(kernels: str) -> float:
+        hidden = run(laid_out(config, params(jnp.bfloat16), adapter, mesh), GATE, kernels, False, mesh)[0]
+        return float(np.sqrt(np.mean(np.square(hidden.astype(np.float32) - wanted))))
+
+    with by_operations(), pytest.MonkeyPatch.context() as patch:
+        of_model, few_rows = error("xla"), error("auto")
+        jax.clear_caches()
+        patch.setattr(product, "_FEW_ROWS", 0)
+        patch.setattr(product, "_FLOAT32_ROWS", 0)
+        many_rows = error("auto")
+    assert 0 < few_rows < many_rows < of_model, (few_rows, many_rows, of_model)
+    print("rounding ok", flush=True)
 
 
 def check_refusal() -> None:
@@ -115,5 +143,6 @@ def check_texts() -> None:
 
 if __name__ == "__main__":
     check_forward()
+    check_rounding()
     check_refusal()
     check_texts()

@@ -8,4 +8,4 @@ def test_texts_on_a_mesh_equal_those_of_one_device():
 
 
 def test_the_forward_pass_by_few_launches_on_a_mesh_is_the_model_on_one_device():
-    assert run_check("tests.decoding.forward_mesh_check").count("ok") == 11
+    assert run_check("tests.decoding.forward_mesh_check").count("ok") == 12
