@@ -28,6 +28,8 @@ class ShardingRules:
     kv_heads: str | None = "tp"
     mlp: str | None = "tp"
     head_dim: str | None = None
+    # Of an adapter, over which its matrices are split as well, where the weights they stand beside are not.
+    adapter: str | None = "fsdp"
 
     def spec(self, weight: Weight, mesh: Mesh) -> PartitionSpec:
         """Partition of one weight; an axis that the mesh lacks, or that does not divide the dimension, replicates.
@@ -44,15 +46,25 @@ class ShardingRules:
         return mesh_axis if mesh_axis in mesh.shape and size % mesh.shape[mesh_axis] == 0 else None
 
     def adapter_specs(self, config: ModelConfig, adapter: AdapterConfig, mesh: Mesh) -> dict[str, dict]:
-        """Partition of the stacked matrices of an adapter: each like the side of the weight it stands beside."""
+        """Partition of the stacked matrices of an adapter: each like the side of the weight it stands beside, or finer.
+
+        The rank is left whole: products over a split rank would add up outputs as wide as the weight's.
+        """
         specs: dict[str, dict] = {}
         for module, name, weight in adapted_weights(config, adapter, 0):
-            inputs, outputs = map(partial(self._mesh_axis, mesh), weight.axes, weight.shape)
+            inputs, outputs = map(partial(self._adapter_axes, mesh), weight.axes, weight.shape)
             specs.setdefault(module, {})[name] = {
                 "a": PartitionSpec(None, inputs, None),
                 "b": PartitionSpec(None, None, outputs),
             }
         return specs
+
+    def _adapter_axes(self, mesh: Mesh, axis: str, size: int) -> str | tuple[str, ...] | None:
+        own = self._mesh_axis(mesh, axis, size)
+        if self.adapter not in mesh.shape or own == self.adapter:
+            return own
+        axes = (self.adapter,) if own is None else (own, self.adapter)
+        return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else own
 
 
 def weight_sharding(mesh: Mesh, rules: ShardingRules | None = None) -> Callable[[Weight], NamedSharding]:
