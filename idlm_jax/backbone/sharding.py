@@ -1,11 +1,13 @@
 """Logical axes to mesh axes: the one place that says how a weight is laid out over devices (design.md 9)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+import jax
+from jax.experimental.mesh_utils import create_device_mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from idlm_jax.backbone.adapter import AdapterConfig, adapted_weights
 from idlm_jax.backbone.weights import Weight
@@ -65,6 +67,15 @@ class ShardingRules:
             return own
         axes = (self.adapter,) if own is None else (own, self.adapter)
         return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else own
+
+
+def device_mesh(sizes: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes of training over all devices, or those given."""
+    try:
+        return jax.make_mesh(tuple(sizes), MESH_AXES, devices=devices)
+    except NotImplementedError:  # an axis that is part of a side of the torus, such as tp = 2 of 4 × 4 × 4 chips
+        placed = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(placed, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
 def weight_sharding(mesh: Mesh, rules: ShardingRules | None = None) -> Callable[[Weight], NamedSharding]:
