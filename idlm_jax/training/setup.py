@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from idlm_jax.backbone.adapter import Adapter, AdapterConfig
 from idlm_jax.backbone.qwen3 import Remat
-from idlm_jax.backbone.sharding import BATCH_AXES, MESH_AXES, weight_sharding
+from idlm_jax.backbone.sharding import BATCH_AXES, MESH_AXES, device_mesh, weight_sharding
 from idlm_jax.backbone.weights import nest
 from idlm_jax.checkpoint.open import load_params, open_source
 from idlm_jax.checkpoint.peft import load_adapter
@@ -51,7 +51,7 @@ def make_mesh(settings: MeshSettings, config: ModelConfig, over: Sequence[jax.De
         raise UserError(f"mesh: {shape} is not {devices}, the number of devices; change 'mesh' (-1 takes what is left)")
     if config.num_key_value_heads % sizes["tp"]:
         raise UserError(f"mesh.tp: {sizes['tp']} does not divide the model's {config.num_key_value_heads} key heads")
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, devices=over)
+    return device_mesh(list(sizes.values()), over)
 
 
 @dataclass(frozen=True)
