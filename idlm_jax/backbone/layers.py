@@ -50,7 +50,8 @@ def _product_sharding(x: Array, kernel: Array) -> PartitionSpec | None:
     if axes is None or kernel_axes is None:
         return None
     of_rows = jax.tree.leaves(axes[:-1])
-    return PartitionSpec(*axes[:-1], None if kernel_axes[-1] in of_rows else kernel_axes[-1])
+    columns = tuple(axis for axis in jax.tree.leaves(kernel_axes[-1]) if axis not in of_rows)
+    return PartitionSpec(*axes[:-1], columns or None)
 
 
 def rms_norm(x: Float[Array, "*rows D"], scale: Float[Array, "..."], epsilon: float) -> Float[Array, "*rows D"]:

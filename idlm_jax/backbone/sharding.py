@@ -1,13 +1,14 @@
 """Logical axes to mesh axes: the one place that says how a weight is laid out over devices (design.md 9)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.experimental.mesh_utils import create_device_mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from idlm_jax.backbone.adapter import Adapter, AdapterConfig, adapted_weights
 from idlm_jax.backbone.weights import Weight
@@ -30,6 +31,8 @@ class ShardingRules:
     kv_heads: str | None = "tp"
     mlp: str | None = "tp"
     head_dim: str | None = None
+    # Of an adapter, over which its matrices are split as well, where the weights they stand beside are not.
+    adapter: str | None = "fsdp"
 
     def spec(self, weight: Weight, mesh: Mesh) -> PartitionSpec:
         """Partition of one weight; an axis that the mesh lacks, or that does not divide the dimension, replicates.
@@ -46,15 +49,34 @@ class ShardingRules:
         return mesh_axis if mesh_axis in mesh.shape and size % mesh.shape[mesh_axis] == 0 else None
 
     def adapter_specs(self, config: ModelConfig, adapter: AdapterConfig, mesh: Mesh) -> dict[str, dict]:
-        """Partition of the stacked matrices of an adapter: each like the side of the weight it stands beside."""
+        """Partition of the stacked matrices of an adapter: each like the side of the weight it stands beside, or finer.
+
+        The rank is left whole: products over a split rank would add up outputs as wide as the weight's.
+        """
         specs: dict[str, dict] = {}
         for module, name, weight in adapted_weights(config, adapter, 0):
-            inputs, outputs = map(partial(self._mesh_axis, mesh), weight.axes, weight.shape)
+            inputs, outputs = map(partial(self._adapter_axes, mesh), weight.axes, weight.shape)
             specs.setdefault(module, {})[name] = {
                 "a": PartitionSpec(None, inputs, None),
                 "b": PartitionSpec(None, None, outputs),
             }
         return specs
+
+    def _adapter_axes(self, mesh: Mesh, axis: str, size: int) -> str | tuple[str, ...] | None:
+        own = self._mesh_axis(mesh, axis, size)
+        if self.adapter not in mesh.shape or own == self.adapter:
+            return own
+        axes = (self.adapter,) if own is None else (own, self.adapter)
+        return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else own
+
+
+def device_mesh(sizes: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes of training over all devices, or those given."""
+    try:
+        return jax.make_mesh(tuple(sizes), MESH_AXES, devices=devices)
+    except NotImplementedError:  # an axis that is part of a side of the torus, such as tp = 2 of 4 × 4 × 4 chips
+        placed = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(placed, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
 def weight_sharding(mesh: Mesh, rules: ShardingRules | None = None) -> Callable[[Weight], NamedSharding]:
@@ -86,7 +108,7 @@ def decoding_mesh(config: ModelConfig, tp: int, data_parallel: int) -> Mesh | No
         raise UserError(f"data_parallel must be {_listed(copies)}, not {data_parallel} (devices: {devices}, tp: {tp})")
     if tp * data_parallel == 1:
         return None
-    return jax.make_mesh((data_parallel, 1, tp), MESH_AXES, devices=jax.devices()[: tp * data_parallel])
+    return device_mesh((data_parallel, 1, tp), jax.devices()[: tp * data_parallel])
 
 
 def _listed(numbers: list[int]) -> str:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from idlm_jax.backbone.adapter import Adapter, AdapterConfig, init_adapter
 from idlm_jax.backbone.qwen3 import Qwen3
-from idlm_jax.backbone.sharding import MESH_AXES, adapter_sharding, weight_sharding
+from idlm_jax.backbone.sharding import adapter_sharding, device_mesh, weight_sharding
 from idlm_jax.backbone.weights import Params, abstract_params, build_params, parameter_count
 from idlm_jax.config import ModelConfig
 from idlm_jax.decoding.admission import MOST_END_TOKENS
@@ -64,7 +64,7 @@ def plan_decoding(model: ModelConfig, work: Workload, target: Target, tp: int | 
     with compiling_for(target) as devices:
         if target.count == 1:
             return _examine(model, work, target, SingleDeviceSharding(devices[0]), None)
-        mesh = jax.make_mesh((data, 1, tp), MESH_AXES, devices=devices)
+        mesh = device_mesh((data, 1, tp), devices)
         with jax.set_mesh(mesh):
             return _examine(model, work, target, NamedSharding(mesh, PartitionSpec()), mesh)
 

@@ -32,25 +32,20 @@ def plan_training(config: TrainConfig, target: Target, source: WeightSource, mes
                 "optimizer": device_bytes(step.state.optimizer),
             }
             shape = " ".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items())
-            mesh_text = shape if config.accumulation == 1 else f"{shape}, {config.accumulation} parts"
+            parts = setup.config.accumulation
+            mesh_text = shape if parts == 1 else f"{shape}, {parts} parts"
             flops = _flops(setup, step) / target.count
             tokens = config.batch_size * config.length
             return examine(step.lower(), target, mesh_text, tokens, given, flops)
 
 
 def proposed(config: TrainConfig, model: ModelConfig, devices: int) -> TrainConfig:
-    """The run with a mesh for so many devices: its own if that fits, else as little tensor parallelism as will do.
-
-    A step is computed in as few parts as the run has, or fewer where its rows are not enough for the devices.
-    """
+    """The run with a mesh for so many devices: its own if that fits, else as little tensor parallelism as will do."""
     own = config.mesh if -1 in (config.mesh.data, config.mesh.fsdp) else MeshSettings()
     for tp in sorted(range(1, devices + 1), key=lambda tp: (tp != own.tp, tp)):
-        shards = devices // tp
-        if devices % tp or model.num_key_value_heads % tp or config.batch_size % shards:
+        if devices % tp or model.num_key_value_heads % tp or config.batch_size % (devices // tp):
             continue
-        rows = config.batch_size // shards
-        parts = next(parts for parts in range(config.accumulation, 0, -1) if rows % parts == 0)
-        return replace(config, mesh=replace(own, tp=tp), accumulation=parts)
+        return replace(config, mesh=replace(own, tp=tp))
     raise UserError(
         f"{config.batch_size} rows cannot be split over {devices} devices, nor the {model.num_key_value_heads} key "
         "heads over what is left; give another --batch, or --mesh data=…,fsdp=…,tp=…"

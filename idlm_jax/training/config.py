@@ -122,7 +122,8 @@ class TrainConfig:
     schedule_by_stage: bool = False
     # Text or id of the mask token, for a model that names none.
     mask_token: str | None = None
-    # Tokens a row, rows a step (of all processes), and parts a step is computed in.
+    # Tokens a row, rows a step (of all processes), and parts a step is computed in; fewer where a part would not have a
+    # row for every device.
     length: int = 2048
     batch_size: int = 8
     accumulation: int = 1

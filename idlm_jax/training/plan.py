@@ -94,7 +94,8 @@ def _plan(setup: Setup) -> Plan:
         for name, array in (params | frozen).items()
     ]
     return Plan(
-        mesh=" × ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items()),
+        mesh=" × ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
+        + (f", {config.accumulation} parts a step" if config.accumulation > 1 else ""),
         devices=f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         rows=config.batch_size,
         tokens=config.batch_size * config.length,

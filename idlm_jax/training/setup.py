@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from idlm_jax.backbone.adapter import Adapter, AdapterConfig
 from idlm_jax.backbone.qwen3 import Remat
-from idlm_jax.backbone.sharding import BATCH_AXES, MESH_AXES, weight_sharding
+from idlm_jax.backbone.sharding import BATCH_AXES, MESH_AXES, device_mesh, weight_sharding
 from idlm_jax.backbone.weights import nest
 from idlm_jax.checkpoint.open import load_params, open_source
 from idlm_jax.checkpoint.peft import load_adapter
@@ -51,7 +51,16 @@ def make_mesh(settings: MeshSettings, config: ModelConfig, over: Sequence[jax.De
         raise UserError(f"mesh: {shape} is not {devices}, the number of devices; change 'mesh' (-1 takes what is left)")
     if config.num_key_value_heads % sizes["tp"]:
         raise UserError(f"mesh.tp: {sizes['tp']} does not divide the model's {config.num_key_value_heads} key heads")
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, devices=over)
+    return device_mesh(list(sizes.values()), over)
+
+
+def fitting_parts(config: TrainConfig, shards: int) -> int | None:
+    """The parts that a step is computed in: those of the file, or as many as leave a row of each to every shard.
+
+    None where the rows of a step cannot be split over the shards at all.
+    """
+    parts = range(config.accumulation, 0, -1)
+    return next((count for count in parts if config.batch_size % (count * shards) == 0), None)
 
 
 @dataclass(frozen=True)
@@ -79,12 +88,13 @@ class Setup:
                 f"length {config.length} exceeds the model's context of {model_config.max_position_embeddings}"
             )
         mesh = make_mesh(config.mesh, model_config, devices)
-        rows, shards = config.batch_size // config.accumulation, mesh.shape["data"] * mesh.shape["fsdp"]
-        if rows % shards:
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        parts = fitting_parts(config, shards)
+        if parts is None:
             raise UserError(
-                f"batch_size {config.batch_size} in {config.accumulation} parts gives {rows} rows, which cannot be "
-                f"split over {shards} devices (mesh data × fsdp)"
+                f"batch_size: {config.batch_size} rows cannot be split over {shards} devices (mesh data × fsdp)"
             )
+        config = replace(config, accumulation=parts)
         builder = ModelBuilder(model_config, adapter, config.dtype, Remat(config.remat))
         trained_names(builder.shapes(), config.mode, config.freeze)
         return cls(config, source, mesh, builder, make_optimizer(config))

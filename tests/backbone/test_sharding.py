@@ -11,7 +11,8 @@ import sys
 import jax, jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from idlm_jax.backbone.sharding import weight_sharding
+from idlm_jax.backbone.adapter import AdapterConfig
+from idlm_jax.backbone.sharding import ShardingRules, weight_sharding
 from idlm_jax.backbone.weights import build_params, weight_table
 from idlm_jax.checkpoint.open import load_params, open_source
 
@@ -26,10 +27,17 @@ assert layer["q_norm"]["scale"].sharding.spec == P(None)
 assert sharded["embed_tokens"]["embedding"].sharding.spec == P("tp", "fsdp")
 assert len({shard.device for shard in layer["q_proj"]["kernel"].addressable_shards}) == 4
 
+adapter = ShardingRules().adapter_specs(source.config, AdapterConfig(3, 8), mesh)
+assert adapter["self_attn"]["q_proj"] == {"a": P(None, "fsdp", None), "b": P(None, None, ("tp", "fsdp"))}, adapter
+assert adapter["mlp"]["down_proj"] == {"a": P(None, ("tp", "fsdp"), None), "b": P(None, None, "fsdp")}, adapter
+
 three = jax.make_mesh((3,), ("tp",), devices=jax.devices()[:3])
 specs = {weight.path: weight_sharding(three)(weight).spec for weight in weight_table(source.config)}
 assert specs["embed_tokens.embedding"] == P("tp", None), specs  # 96 rows of vocabulary
 assert specs["layers.0.self_attn.q_proj.kernel"] == P(None, None)  # 64 columns do not divide by 3
+three = jax.make_mesh((3, 1), ("fsdp", "tp"), devices=jax.devices()[:3])
+undivided = ShardingRules().adapter_specs(source.config, AdapterConfig(3, 8), three)
+assert undivided["mlp"]["up_proj"]["b"] == P(None, None, "tp"), undivided  # nor do 64
 """
 
 

@@ -198,10 +198,7 @@ for changes in ["mesh.tp=4"], ["mesh.data=2"]:
     lines = [line for line in error.splitlines() if not line.endswith("…")]
     assert lines == [
         "idlm: error: mesh.tp: 4 does not divide the model's 2 key heads",
-        *2
-        * [
-            "idlm: error: batch_size 4 in 1 parts gives 4 rows, which cannot be split over 8 devices (mesh data × fsdp)"
-        ],
+        *2 * ["idlm: error: batch_size: 4 rows cannot be split over 8 devices (mesh data × fsdp)"],
     ]
 
 

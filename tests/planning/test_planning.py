@@ -204,11 +204,10 @@ def test_what_a_compiler_says_of_a_program_that_is_too_large_is_read():
 
 
 def test_a_mesh_is_proposed_with_as_little_tensor_parallelism_as_the_rows_leave():
-    config = TrainConfig("", (), "", stages=(Stage(1),), batch_size=32, accumulation=8)
+    config = TrainConfig("", (), "", stages=(Stage(1),), batch_size=32)
     model = tiny_config(num_attention_heads=16, num_key_value_heads=8)
-    assert (proposed(config, model, 8).mesh, proposed(config, model, 8).accumulation) == (MeshSettings(), 4)
-    wide = proposed(config, model, 64)
-    assert (wide.mesh, wide.accumulation) == (MeshSettings(tp=2), 1)
+    assert proposed(config, model, 8).mesh == MeshSettings()
+    assert proposed(config, model, 64).mesh == MeshSettings(tp=2)
     with pytest.raises(UserError, match="32 rows cannot be split over 512 devices"):
         proposed(config, model, 512)
 

@@ -5,7 +5,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from jax.sharding import AxisType
 
+from idlm_jax.backbone.sharding import device_mesh
 from idlm_jax.checkpoint.source import Configuration
 from idlm_jax.checkpoint.summary import read_config
 from idlm_jax.decoding.config import DecodeConfig
@@ -49,3 +51,11 @@ def test_a_round_of_decoding_exchanges_sums_and_logits(target):
     alone = plan_decoding(MODEL, work, parse_target(f"{target.name[:-1]}1"), 1)
     assert not alone.collectives and alone.given["KV cache"] == 4 * report.given["KV cache"]
     assert replace(report, available=report.total - 1).fits is False
+
+
+def test_an_axis_may_be_part_of_a_side_of_the_torus():
+    if find_spec("libtpu") is None:
+        pytest.skip("needs libtpu")
+    mesh = device_mesh((1, 32, 2), parse_target("v5p-64").devices())  # 4 × 4 × 4 chips
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 32, "tp": 2}
+    assert len(set(mesh.devices.flat)) == 64 and mesh.axis_types == (AxisType.Explicit,) * 3

@@ -43,6 +43,9 @@ def test_idle_time_is_what_no_stream_of_the_device_fills(monkeypatch: pytest.Mon
     # Busy: 100 … 500 (two streams, one inside the other), 510 … 700, 800 … 1100: idle 10 and 100 of 1000 µs.
     kernels = [ran(1, 2, 510, 700), ran(1, 2, 100, 500), ran(1, 3, 200, 300), ran(1, 2, 800, 1100)]
     assert idle_shares([*host, *device, *others, *kernels]) == pytest.approx((0.11, 0.1))
+    # Those that begin in the first six tenths, from 100 to 700: idle 10 of 600 µs.
+    assert idle_shares([*host, *device, *others, *kernels], (0.0, 0.6)) == pytest.approx((10 / 600, 0))
+    assert idle_shares([*host, *device, *others, *kernels], (0.65, 0.69)) is None
     assert idle_shares(host) is None
 
 

@@ -72,8 +72,9 @@ class Served:
         self.cell, self.places = cell, places
         capacity = len(PROMPT) + TEXT_LENGTH
         rows = max(window_rows(way.layout, way.stride) for way in ways(cell))
-        # Of the prompt, whose pages are shared, none are taken; a text grows by two more.
-        self.engine = PagedEngine(_model(cell.adapter), ways(cell), places, capacity, (rows + 1) * places)
+        # So few that a text is preempted every now and then: of wide strides, which grow only once or twice, fewer.
+        pages = (rows + 1) * places if cell.stride < 4 else rows * places // 2
+        self.engine = PagedEngine(_model(cell.adapter), ways(cell), places, capacity, pages)
         self.preempted, self.used = 0, set()
         strides, schedule, accepted, calls = self.engine.strides, self.engine._scheduler, [0], itertools.count()
         grow, begin = schedule._grow, schedule.pages.begin
@@ -119,7 +120,7 @@ def check(cell: Cell, places: int) -> None:
     served = Served(cell, places)
     result = fit(served.texts(SAMPLES), enumerate_texts(_model(cell.adapter), cell))
     assert result.samples == SAMPLES and result.good, f"{cell.name}: {result}"
-    assert served.preempted > SAMPLES / 50 and served.used == set(ways(cell)), served.preempted
+    assert served.preempted > SAMPLES / 100 and served.used == set(ways(cell)), served.preempted
 
 
 @pytest.mark.parametrize(("cell", "places"), CELLS, ids=lambda value: getattr(value, "name", str(value)))

@@ -333,6 +333,7 @@ ACROSS_MESHES = """
     with opened(Path(sys.argv[1])) as checkpoints:
         checkpoints.save(1, {"w": jax.device_put(values, saved)}, make_data(), wait=True)
         others = [sharding((2, 4), ("b", "a")), sharding((4, 2), (None, ("a", "b"))), sharding((1, 1), (), 1)]
+        others += [sharding((8, 1), ("b", "a"))]  # another layout on the same mesh
         for target in (saved, *others):
             abstract = {"w": jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=target)}
             step, state = checkpoints.restore(abstract, make_data())

@@ -20,6 +20,7 @@ from idlm_jax.training.config import (
     validate,
     write_config,
 )
+from idlm_jax.training.setup import fitting_parts
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"))
 MINIMAL = {"model": "m", "data": "d", "output": "o", "stages": [{"steps": 10}]}
@@ -263,3 +264,10 @@ def test_every_field_has_a_reader(tmp_path: Path) -> None:
     assert plain.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
     (tmp_path / "full.yaml").write_text(yaml.safe_dump(plain))
     assert load_train_config(tmp_path / "full.yaml") == FULL
+
+
+@pytest.mark.parametrize(
+    ("devices", "parts"), [(1, 8), (2, 8), (4, 8), (8, 4), (16, 2), (32, 1), (12, None), (64, None)]
+)
+def test_a_step_has_fewer_parts_where_a_part_would_not_have_a_row_for_every_device(devices: int, parts: int | None):
+    assert fitting_parts(TrainConfig("", (), "", batch_size=32, accumulation=8), devices) == parts
