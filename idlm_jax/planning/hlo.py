@@ -194,6 +194,8 @@ class Program:
             return 0
         operands = [computation.instructions[name] for name in instruction.operands]
         sizes = [array_bytes(operand.type, everywhere=False) for operand in operands]
+        # Kernels are given some arrays in place of others that they lack.
+        sizes = [0 if name in instruction.operands[:i] else sizes[i] for i, name in enumerate(instruction.operands)]
         result = array_bytes(instruction.type, everywhere=False)
         if opcode.endswith("-start") and opcode.removesuffix("-start") not in COLLECTIVES:
             # The type also holds what was given.

@@ -164,7 +164,7 @@ def test_bytes_moved_leave_out_memory_on_the_chip_and_what_is_not_touched():
   %zero = s32[] constant(0)
   %row = f32[1,100]{1,0} dynamic-slice(%a, %n, %zero), dynamic_slice_sizes={1,100}
   %changed = f32[64,100]{1,0} fusion(%a, %row, %n), kind=kLoop, calls=%update
-  ROOT %kernel = f32[64,100]{1,0} custom-call(%changed, %row), output_to_operand_aliasing={{}: (0, {})}
+  ROOT %kernel = f32[64,100]{1,0} custom-call(%changed, %row, %row), output_to_operand_aliasing={{}: (0, {})}
 }
 
 %update (b: f32[64,100], r: f32[1,100], m: s32[]) -> f32[64,100] {
