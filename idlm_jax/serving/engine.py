@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
-from itertools import batched
+from itertools import batched, product
 from typing import Any, Protocol
 
 import jax
@@ -353,13 +353,15 @@ class PagedEngine:
 
     def _warm_up(self, say: Callable[[str], None]) -> None:
         began = time.monotonic()
-        self._compile(say)
-        for size, width in self._prefill_shapes():
-            self._store(*_no_prompts(size, width))
-        for size in self._sizes():
-            for policy in self.strides.policies:
-                if len(self.strides.policies) > 1 and not self.strides.worth_measuring(size, policy):
-                    continue
+        self._compile([(prefill_pages, self._stored(*_no_prompts(*shape))) for shape in self._prefill_shapes()], say)
+        for shape in self._prefill_shapes():
+            self._store(*_no_prompts(*shape))
+        policies = self.strides.policies
+        # What the first two cost says which of the others can be the fastest.
+        for some in policies[:2], policies[2:]:
+            pairs = [pair for pair in product(self._sizes(), some) if self.strides.worth_measuring(*pair)]
+            self._compile([(run_requests, self._rounds_of(*self._nobody(size), policy)) for size, policy in pairs], say)
+            for size, policy in filter(lambda pair: self.strides.worth_measuring(*pair), pairs):
                 seconds = self._measure(size, policy)
                 self.strides.measured(size, policy, seconds)
                 say(f"{size} requests at once, {_name(policy)}: {1e3 * seconds:.2f} ms a round")
@@ -369,18 +371,17 @@ class PagedEngine:
     def _prefill_shapes(self) -> list[tuple[int, int]]:
         return [(size, width) for size in chunk_sizes(self.capacity) for width in self._prefill_widths()]
 
-    def _compile(self, say: Callable[[str], None]) -> None:
-        """Compile the programs of prefill and of rounds side by side; a call then finds what ``compile`` has made."""
+    def _nobody(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.full(size, self._places, np.int32), np.zeros(size, bool)
+
+    def _compile(self, calls: list[tuple[Any, tuple[Any, ...]]], say: Callable[[str], None]) -> None:
+        """Compile programs for such arguments side by side; a call then finds what ``compile`` has made."""
 
         def compiled(program: Any, arguments: tuple[Any, ...]) -> None:
             with self._model.on_its_mesh():
                 program.lower(*arguments).compile()
 
-        calls = [(prefill_pages, self._stored(*_no_prompts(*shape))) for shape in self._prefill_shapes()]
-        for size in self._sizes():
-            nobody = np.full(size, self._places, np.int32), np.zeros(size, bool)
-            calls += [(run_requests, self._rounds_of(*nobody, policy)) for policy in self.strides.policies]
-        pool = ThreadPoolExecutor(min(len(calls), os.cpu_count() or 1, _COMPILERS))
+        pool = ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILERS))
         try:
             say(f"compiling {len(calls)} programs")
             jobs = [pool.submit(compiled, *call) for call in calls]
