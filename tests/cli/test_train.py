@@ -126,7 +126,7 @@ def test_a_dry_run_prints_what_a_run_would_take_and_touches_nothing(
     arguments = ["--dry-run", "--output", tmp_path / "run", "--data", tmp_path / "nothing", "--set", "accumulation=2"]
     code, out, _ = run(capsys, "train", given.settings, *arguments)
     assert code == 0 and list(tmp_path.iterdir()) == []
-    assert "mesh: data 1 × fsdp 1 × tp 1 (1 × cpu)" in out
+    assert "mesh: data 1 × fsdp 1 × tp 1, 2 parts a step (1 × cpu)" in out
     # The stage with the most masks: 64 / 3 groups of 3, rounded up to 24 of them, in each of 4 rows.
     assert "a step: 4 rows × 64 = 256 tokens, 256 masks" in out
     lines = [" ".join(line.split()) for line in out.splitlines()]

@@ -52,6 +52,7 @@ def test_idle_time_is_what_no_stream_of_the_device_fills(monkeypatch: pytest.Mon
 def bench(*more: object) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, ROOT / "scripts" / "bench_serve.py", *more]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
 
 

@@ -58,7 +58,12 @@ def start(log: Path) -> Server:
     command = [sys.executable, "-m", "idlm_jax.cli.main", "serve", "--model", TINY, "--mask-token", 0, "--port", 0]
     command += ["--dtype", "float32", "--stride", 3, "--places", PLACES, "--max-waiting", 40, "--api-key", KEY]
     with log.open("w") as file:
-        process = subprocess.Popen(list(map(str, command)), stderr=file, text=True, env={**os.environ})
+        process = subprocess.Popen(
+            list(map(str, command)),
+            stderr=file,
+            text=True,
+            env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        )
     wait_for(lambda: "listening" in log.read_text() or process.poll() is not None, 120)
     assert process.poll() is None, log.read_text()
     server = Server(process, log, int(log.read_text().split("http://127.0.0.1:")[1].split()[0]))
