@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -190,6 +191,20 @@ def test_an_engine_without_log_probabilities_notes_nothing_for_them() -> None:
         engine.submit([Request(0, [1], SamplingParams(max_tokens=4), 0)])
     engine.submit([Request(0, [1, 2], SamplingParams(max_tokens=4))])
     assert next(a for a in serve(engine, []) if a.emission.done).emission.tokens.shape == (4,)
+
+
+def test_no_round_of_a_call_asks_the_host_whether_to_go_on() -> None:
+    """A loop without a known end, or a branch for log-probabilities, would have XLA read a value in every round."""
+    engine = engine_of([BRANCH])
+
+    def program(noted: int) -> str:
+        numbers, trust = np.zeros(1, int), np.zeros(1, bool)
+        rounds = partial(paged.run_requests, rounds=4, policy=BRANCH, noted=noted)
+        return str(jax.make_jaxpr(lambda state: rounds(engine._model, state, numbers, trust))(engine._state))
+
+    with_notes, without = program(4 * BRANCH.stride), program(0)
+    assert "scan[" in with_notes and "while[" not in with_notes
+    assert with_notes.count("cond[") == without.count("cond[")
 
 
 @pytest.mark.parametrize("seed", range(3))
