@@ -116,19 +116,19 @@ class Served:
         yield texts
 
 
-def check(cell: Cell, places: int) -> None:
+def check(cell: Cell, places: int, preempted: float) -> None:
     served = Served(cell, places)
     result = fit(served.texts(SAMPLES), enumerate_texts(_model(cell.adapter), cell))
     assert result.samples == SAMPLES and result.good, f"{cell.name}: {result}"
-    assert served.preempted > SAMPLES / 100 and served.used == set(ways(cell)), served.preempted
+    assert served.preempted > preempted and served.used == set(ways(cell)), served.preempted
 
 
 @pytest.mark.parametrize(("cell", "places"), CELLS, ids=lambda value: getattr(value, "name", str(value)))
 def test_texts_of_the_engine_follow_the_enumerated_distribution(cell: Cell, places: int) -> None:
-    check(cell, places)
+    check(cell, places, SAMPLES / 50)
 
 
 @pytest.mark.distribution
 @pytest.mark.parametrize(("cell", "places"), ALL_CELLS, ids=lambda value: getattr(value, "name", str(value)))
 def test_texts_of_the_engine_follow_the_enumerated_distribution_in_more_cells(cell: Cell, places: int) -> None:
-    check(cell, places)
+    check(cell, places, SAMPLES / 100)
