@@ -25,6 +25,15 @@ from pallas_kernels.dispatch import by_request
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Decided:
+    """The tokens of a call and what decided them, in as many rows and places for whatever requests and policy."""
+
+    tokens: Int[Array, "B T"]
+    hidden: Float[Array, "B T D"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Report:
     """What a call of R rounds leaves for the host, of each request that took part."""
 
@@ -36,16 +45,7 @@ class Report:
     rounds: Int[Array, " b"]
     done: Bool[Array, " b"]
     # None where nobody can ask for log-probabilities.
-    decided: "Decided | None"
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Decided:
-    """The tokens of a call and what decided them, in as many rows and places for whatever requests and policy."""
-
-    tokens: Int[Array, "B T"]
-    hidden: Float[Array, "B T D"]
+    decided: Decided | None
 
 
 def idle_paged_state(

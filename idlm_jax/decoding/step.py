@@ -1,8 +1,7 @@
 """One ISD round and the loop of rounds: verify the drafts of the round before, emit, draft again (method.md 3.8).
 
 AR decoding is stride 1 of the same program: a window of one row, no drafts. Everything a round decides is decided on
-the device; the loop is one ``lax.while_loop`` that stops after a number of rounds, so that streaming and one-shot
-decoding are the same call.
+the device; the loop stops after a number of rounds, so that streaming and one-shot decoding are the same call.
 """
 
 from dataclasses import dataclass, replace
