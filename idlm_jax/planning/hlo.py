@@ -197,12 +197,14 @@ class Program:
         # Kernels are given some arrays in place of others that they lack.
         sizes = [0 if name in instruction.operands[:i] else sizes[i] for i, name in enumerate(instruction.operands)]
         result = array_bytes(instruction.type, everywhere=False)
+        if opcode == "copy-start":  # its type is the copy, what is copied, and a flag
+            return sum(size for size, in_main in _arrays(instruction.type)[:2] if in_main)
         if opcode.endswith("-start") and opcode.removesuffix("-start") not in COLLECTIVES:
             # The type also holds what was given.
             made = _arrays(instruction.type)[len(operands) :]
             result = sum(size for size, in_main in made if in_main)
             if opcode != "fusion-start":
-                return made[0][0] + result  # a copy or slice reads as much as it makes
+                return made[0][0] + result  # a slice reads as much as it makes
         if opcode in ("fusion", "fusion-start"):
             return self._moved_by_fusion(self.computations[instruction.called[0]], sizes, result)
         if opcode in ("dynamic-slice", "slice", "gather"):

@@ -184,6 +184,15 @@ def test_bytes_moved_leave_out_memory_on_the_chip_and_what_is_not_touched():
 }
 """
     assert Program(fetched, 1).moved_bytes() == 3200 + 3200
+    there_and_back = """ENTRY %main (a: f32[8,100]) -> f32[8,100] {
+  %a = f32[8,100]{1,0} parameter(0)
+  %begun = (f32[8,100]{1,0:S(1)}, f32[8,100]{1,0}, u32[]{:S(2)}) copy-start(%a)
+  %here = f32[8,100]{1,0:S(1)} copy-done(%begun)
+  %back = (f32[8,100]{1,0}, f32[8,100]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%here)
+  ROOT %done = f32[8,100]{1,0} copy-done(%back)
+}
+"""
+    assert Program(there_and_back, 1).moved_bytes() == 3200 + 3200
 
 
 def test_a_report_says_what_bounds_a_step_and_whether_it_fits():
