@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -125,19 +126,27 @@ def init_params(
 ) -> Params:
     """Freshly initialised parameters: normal(0, initializer_range), norms one, biases zero (method.md 1.1).
 
-    With ``sharding`` each is made where it lies, the same numbers as on one device.
+    With ``sharding`` each is made where it lies, the same numbers as on one device up to rounding.
     """
     index = {weight.path: i for i, weight in enumerate(weight_table(config))}
 
-    def make(weight: Weight) -> jax.Array:
-        if weight.init == "normal":
-            noise = jax.random.normal(jax.random.fold_in(key, index[weight.path]), weight.shape, jnp.float32)
+    def fill(number: int | jax.Array, shape: tuple[int, ...], init: str) -> jax.Array:
+        if init == "normal":
+            noise = jax.random.normal(jax.random.fold_in(key, number), shape, jnp.float32)
             return (config.initializer_range * noise).astype(dtype)
-        return jnp.full(weight.shape, 1.0 if weight.init == "ones" else 0.0, dtype)
+        return jnp.full(shape, 1.0 if init == "ones" else 0.0, dtype)
 
     if sharding is None:
-        return build_params(config, make)
-    return build_params(config, lambda weight: jax.jit(make, static_argnums=0, out_shardings=sharding(weight))(weight))
+        return build_params(config, lambda weight: fill(index[weight.path], weight.shape, weight.init))
+
+    @cache
+    def compiled(shape: tuple[int, ...], init: str, where: Sharding) -> Callable[[int], jax.Array]:
+        # One program for all weights that are alike: those of a model are hundreds.
+        return jax.jit(partial(fill, shape=shape, init=init), out_shardings=where)
+
+    return build_params(
+        config, lambda weight: compiled(weight.shape, weight.init, sharding(weight))(index[weight.path])
+    )
 
 
 # Orbax has types of its own for trees, so these two say Any.

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from idlm_jax.backbone.adapter import AdapterConfig
 from idlm_jax.backbone.sharding import ShardingRules, weight_sharding
-from idlm_jax.backbone.weights import build_params, weight_table
+from idlm_jax.backbone.weights import init_params, weight_table
 from idlm_jax.checkpoint.open import load_params, open_source
 
 source = open_source(sys.argv[1])
@@ -26,6 +26,16 @@ assert layer["o_proj"]["kernel"].sharding.spec == P("tp", "fsdp")
 assert layer["q_norm"]["scale"].sharding.spec == P(None)
 assert sharded["embed_tokens"]["embedding"].sharding.spec == P("tp", "fsdp")
 assert len({shard.device for shard in layer["q_proj"]["kernel"].addressable_shards}) == 4
+
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: name.endswith("backend_compile_duration") and compiled.append(name)
+)
+made = init_params(source.config, jax.random.key(0), jnp.float32, weight_sharding(mesh))
+assert 0 < len(compiled) < len(jax.tree.leaves(made)), len(compiled)  # weights that are alike share a program
+alone = init_params(source.config, jax.random.key(0), jnp.float32)
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), made, alone)
+assert made["layers"][0]["self_attn"]["q_proj"]["kernel"].sharding.spec == P("fsdp", "tp")
 
 adapter = ShardingRules().adapter_specs(source.config, AdapterConfig(3, 8), mesh)
 assert adapter["self_attn"]["q_proj"] == {"a": P(None, "fsdp", None), "b": P(None, None, ("tp", "fsdp"))}, adapter
