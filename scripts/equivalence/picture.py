@@ -49,7 +49,7 @@ def _errors(axis: "Axes", logits: dict[str, Any], by: str) -> None:
     ylabel = "mean error of logits / their spread" if by == "position" else "error of a layer's output / its size"
     axis.set(yscale="log", xlabel=by, ylabel=ylabel, title=f"against PyTorch float32, by {by}")
     if by == "position":
-        axis.legend(fontsize=7, ncols=3, loc="center", bbox_to_anchor=(0.5, 0.6))
+        axis.legend(fontsize=6, ncols=3, loc="center", bbox_to_anchor=(0.5, 0.6), columnspacing=1)
 
 
 def _p_values(axis: "Axes", writers: dict[str, Any]) -> None:
