@@ -33,6 +33,7 @@ class TextBuilder:
         self._backend = tokenizer.backend_tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stop, self._end_ids = tuple(stop), frozenset(end_ids)
+        self._longest = max(map(len, self._stop), default=0)
         self._drafted: list[bool] = []  # one flag a character of ``text``
         self._released = 0
         self._cut = False  # by a stop string
@@ -78,7 +79,7 @@ class TextBuilder:
             self._append(whole[len(self.text) :], False)
 
     def _append(self, text: str, drafted: bool) -> None:
-        searched_from = max(0, len(self.text) - max(map(len, self._stop), default=0))
+        searched_from = max(0, len(self.text) - self._longest)
         self.text += text
         self._drafted += [drafted] * len(text)
         found = [at for stop in self._stop if (at := self.text.find(stop, searched_from)) >= 0]
@@ -88,16 +89,19 @@ class TextBuilder:
 
     def _held_back(self) -> int:
         """Length of the longest end of the text that begins a stop string."""
-        longest = max(map(len, self._stop), default=1) - 1
-        for length in range(min(longest, len(self.text)), 0, -1):
+        for length in range(min(self._longest - 1, len(self.text)), 0, -1):
             if any(stop.startswith(self.text[-length:]) for stop in self._stop):
                 return length
         return 0
 
     def _release(self, end: int) -> list[Piece]:
         begin, self._released = self._released, max(end, self._released)
-        runs = groupby(range(begin, self._released), key=lambda i: self._drafted[i])
-        return [Piece("".join(self.text[i] for i in run), drafted) for drafted, run in runs]
+        pieces = []
+        for drafted, run in groupby(self._drafted[begin : self._released]):
+            text = self.text[begin : begin + len(list(run))]
+            pieces.append(Piece(text, drafted))
+            begin += len(text)
+        return pieces
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerFast", count: int) -> list[bytes]:

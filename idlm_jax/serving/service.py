@@ -8,9 +8,10 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 # Stands for log-probabilities that are less or no numbers, which JSON cannot hold; OpenAI and vLLM take it, too.
 LOWEST_LOGPROB = -9999.0
+# How long the event loop may keep the interpreter while the engine's thread asks for it. That thread gives it up many
+# times a call; with Python's 5 ms a busy loop holds up the device.
+_SWITCH_SECONDS = 0.0005
 
 
 class BusyError(Exception):
@@ -72,8 +76,7 @@ class Call:
     """The texts that one HTTP request asked for; belongs to the event loop that made it."""
 
     def __init__(self, requests: Sequence[Request]):
-        self.requests = requests
-        self._loop = asyncio.get_running_loop()
+        self.requests, self.loop = requests, asyncio.get_running_loop()
         self._open = set(range(len(requests)))
         self._updates: dict[int, Update] = {}
         self._news = asyncio.Event()
@@ -94,13 +97,8 @@ class Call:
         self._open -= {number for number, update in updates.items() if update.finish_reason}
         return updates
 
-    def tell(self, updates: dict[int, Update], error: str | None = None) -> None:
-        """Bring news, from any thread."""
-        # A loop that has closed has nobody left to read this.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._receive, updates, error)
-
-    def _receive(self, updates: dict[int, Update], error: str | None) -> None:
+    def receive(self, updates: dict[int, Update], error: str | None) -> None:
+        """Take up news, in the call's loop."""
         for number, update in updates.items():
             before = self._updates.get(number, Update(""))
             self._updates[number] = replace(
@@ -108,6 +106,19 @@ class Call:
             )
         self._error = error
         self._news.set()
+
+
+def _tell(news: Mapping[Call, dict[int, Update]], error: str | None = None) -> None:
+    """Bring news to calls, from any thread; to all of a loop at once, as waking it up costs more than bringing them."""
+
+    def receive(calls: Sequence[Call]) -> None:
+        for call in calls:
+            call.receive(news[call], error)
+
+    for loop in {call.loop for call in news}:
+        # A loop that has closed has nobody left to read this.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(receive, [call for call in news if call.loop is loop])
 
 
 @dataclass
@@ -160,6 +171,7 @@ class Service:
 
     def start(self) -> None:
         """Warm up, then answer."""
+        sys.setswitchinterval(_SWITCH_SECONDS)
         self._thread.start()
 
     def stop(self) -> None:
@@ -291,8 +303,7 @@ class Service:
         if stopped:
             self._engine.cancel(stopped)
         self._report_load()
-        for call, updates in news.items():
-            call.tell(updates)
+        _tell(news)
 
     def _report_load(self) -> None:
         self.metrics.load(self._engine.running, self._engine.waiting, self._engine.cache_used)
@@ -327,5 +338,4 @@ class Service:
         with self._changed:
             failed = [*self._texts.values(), *(text for _, text in self._new)]
             self._texts, self._new = {}, []
-        for call in {text.call for text in failed}:
-            call.tell({}, why)
+        _tell({text.call: {} for text in failed}, why)

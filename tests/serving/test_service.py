@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -189,5 +190,30 @@ def test_stopping_fails_what_is_open() -> None:
                 answer: httpx2.Response = await asked
                 assert answer.status_code == 503
                 assert (await http.post("/v1/completions", json=BODY)).status_code == 503
+
+        run(work)
+
+
+def test_a_step_wakes_the_loop_once_for_all_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ScriptedEngine(TEXT, places=4)
+    with serving(lambda: engine) as (_, app):
+
+        async def work() -> None:
+            woken, told = asyncio.get_running_loop().call_soon_threadsafe, []
+
+            def counted(callback: Callable[..., None], *arguments: Any, **how: Any) -> Any:
+                if threading.current_thread().name == "engine":
+                    told.append(len(arguments[0]))
+                return woken(callback, *arguments, **how)
+
+            monkeypatch.setattr(asyncio.get_running_loop(), "call_soon_threadsafe", counted)
+            engine.go.clear()
+            async with client(app) as http:
+                asked = [asyncio.create_task(http.post("/v1/completions", json=BODY)) for _ in range(4)]
+                await until(lambda: engine.running == 4)
+                engine.go.set()
+                answers = await asyncio.gather(*asked)
+            assert [answer.json()["choices"][0]["text"] for answer in answers] == [TEXT] * 4
+            assert told and set(told) == {4}
 
         run(work)
