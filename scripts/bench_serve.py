@@ -224,12 +224,15 @@ def idle(url: str, service: Service, vocabulary: int, level: int, options: Optio
     """Shares of the time under full load in which the device waits (``idle_shares``); None where it has no trace.
 
     The profiler is started and stopped while the device rests: it breaks kernels that are under way. It also slows the
-    host down a little, so this load is one more, and not among those that are measured.
+    host down a little, so this load is one more, and not among those that are measured. It must not look at Python,
+    which it slows down several times.
     """
+    of_device = jax.profiler.ProfileOptions()
+    of_device.python_tracer_level = 0
     one_each = dataclasses.replace(options, requests=level, output_tokens=min(options.output_tokens, _TRACED_TOKENS))
     with tempfile.TemporaryDirectory() as folder:
         with (
-            jax.profiler.trace(folder, create_perfetto_trace=True),
+            jax.profiler.trace(folder, create_perfetto_trace=True, profiler_options=of_device),
             clients(url, vocabulary, (level,), one_each) as process,
         ):
             while process.poll() is None and _running(service) < level:
