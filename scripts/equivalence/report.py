@@ -80,8 +80,10 @@ def _sampled_verdict(writers: dict[str, Any], claim: str, results: dict[str, Any
 def _greedy_verdict(greedy: dict[str, Any]) -> list[str]:
     ways = greedy["ways"].values()
     same, gap = min(way["same_as_pytorch"] for way in ways), max(_gap(way) for way in ways)
-    differs = f"; largest logit gap where one differs {gap:.1e}" if same < greedy["texts"] else ", by every decoder"
-    found = f"float32: {same} of {greedy['texts']} are{differs}"
+    if same == greedy["texts"]:
+        found = f"float32: {same} of {same} are, by every decoder"
+    else:
+        found = f"float32: at least {same} of {greedy['texts']} are; largest logit gap where one differs {gap:.1e}"
     return ["greedy texts are PyTorch's", found, _yes(gap < 1e-2), "–"]
 
 
