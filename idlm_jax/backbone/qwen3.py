@@ -297,17 +297,17 @@ class Qwen3(nnx.Module):
         sharding, whole = (None, None) if axes is None else (PartitionSpec(*axes, None), PartitionSpec(None, None))
         mask_token_id = self.config.mask_token_id
         if mask_token_id is None:
-            return table.at[tokens].get(out_sharding=sharding)
+            return _look_up(table, tokens, sharding)
         is_mask = tokens == mask_token_id
         if self.mask_embedding is not None:
-            x = table.at[tokens].get(out_sharding=sharding)
+            x = _look_up(table, tokens, sharding)
             if adapter_from is None:
                 return x
             is_mask &= jnp.arange(tokens.shape[1]) >= adapter_from
             return jnp.where(is_mask[:, :, None], self.mask_embedding[...].astype(x.dtype), x)
         # Nothing is looked up for mask tokens: gradients of so many rows would queue for one row of the table.
         others = jnp.where(is_mask, table.shape[0], tokens)
-        x = table.at[others].get(mode="fill", out_sharding=sharding)
+        x = _look_up(table, others, sharding, "fill")
         # An array as index: the gradient of a scalar one loses the table's split over devices (jax 0.11.2).
         mask = table.at[jnp.array([mask_token_id])].get(out_sharding=whole)
         return jnp.where(is_mask[:, :, None], mask, x)
@@ -322,6 +322,16 @@ class Qwen3(nnx.Module):
         On a mesh each device has its part of the vocabulary.
         """
         return matmul(hidden, self.head().T, jnp.float32)
+
+
+def _look_up(
+    table: Float[Array, "V D"], tokens: Int[Array, "B L"], sharding: PartitionSpec | None, mode: str | None = None
+) -> Float[Array, "B L D"]:
+    """Rows of the table; ``mode`` says what stands beyond its end."""
+    if sharding is None or tokens.size > 1:
+        return table.at[tokens].get(mode=mode, out_sharding=sharding)
+    # XLA for GPUs makes a slice of a lookup of one row, and gathers the table from all devices for it.
+    return table.at[jnp.tile(tokens, 2)].get(mode=mode, out_sharding=sharding)[:, :1]
 
 
 def causal_attention(batch: int, length: int) -> Attend:

@@ -42,7 +42,7 @@ WINDOWS = [(1, 7), (1, 16), (32, 7), (64, 7)]
 # The same caches in pages, whose table is the batch's.
 PAGED_WINDOWS = [(1, 7), (64, 7)]
 # Window, pages or not, and devices.
-MESH_CASES = [((1, 7), False, 2), ((64, 7), True, 2)]
+MESH_CASES = [((1, 1), False, 2), ((1, 7), False, 2), ((64, 7), True, 2)]
 # Four products, attention with the merging of its parts, and four kernels; on a mesh the summands of two products are
 # added up on each device and then over all.
 LAUNCHES_A_LAYER = {1: 10, 2: 14}
@@ -88,7 +88,7 @@ def step(config: ModelConfig, lora: AdapterConfig | None, weights: tuple, cache:
 
 
 def launches(batch: int, rows: int, rank: int, layers: int, paged: bool, tp: int) -> int:
-    """Launches of a step, counted in the body of its loop; raises AssertionError where something is copied."""
+    """Launches of a step, counted in the body of its loop; raises AssertionError where weights or caches are moved."""
     config = ModelConfig.from_hf(load_yaml(ROOT / "configs/models/qwen3-8b.yaml"))
     config = config.replace(mask_token_id=16, num_hidden_layers=layers)
     lora = AdapterConfig(rank, 2 * rank) if rank else None
@@ -117,6 +117,8 @@ def launches(batch: int, rows: int, rank: int, layers: int, paged: bool, tp: int
     lines = [line for line in body.splitlines() if re.search(LAUNCH, line)]
     copies = [line for line in lines if re.search(r" copy(-start)?\(|scatter|dynamic-update-slice", line)]
     assert not copies, copies
+    gathered = re.findall(rf"\[{config.vocab_size},{config.hidden_size}\]\S* all-gather.*", body)
+    assert not gathered, gathered
     assert 'custom_call_target="triton_kernel_call_ffi"' in body, "no CUDA graph takes untyped calls"
     assert 'custom_call_target="triton_kernel_call"' not in body, "no CUDA graph takes untyped calls"
     return len(lines)
