@@ -63,7 +63,8 @@ _CHATS = Path(ifeval.__file__).with_name("ifeval_prompts.jsonl")
 _PURPOSE_SIMULATED = 1 + max(PURPOSE_ACCEPT, PURPOSE_DRAFT, PURPOSE_TOKEN)
 _SECONDS = 3600.0
 # Most tokens of each request while the device is traced, and the part of the trace that counts: in it all are served.
-_TRACED_TOKENS, _MIDDLE = 256, (0.3, 0.6)
+# Up to half of a trace is of the lone request by which the clients see whether the server answers; then come prefills.
+_TRACED_TOKENS, _FULL_LOAD = 256, (0.6, 0.85)
 
 
 @dataclass(frozen=True)
@@ -224,11 +225,11 @@ def idle(url: str, service: Service, vocabulary: int, level: int, options: Optio
     """Shares of the time under full load in which the device waits (``idle_shares``); None where it has no trace.
 
     The profiler is started and stopped while the device rests: it breaks kernels that are under way. It also slows the
-    host down a little, so this load is one more, and not among those that are measured. It must not look at Python,
-    which it slows down several times.
+    host down a little, so this load is one more, and not among those that are measured. It must not look at the host:
+    Python gets several times as slow by it.
     """
     of_device = jax.profiler.ProfileOptions()
-    of_device.python_tracer_level = 0
+    of_device.python_tracer_level = of_device.host_tracer_level = 0
     one_each = dataclasses.replace(options, requests=level, output_tokens=min(options.output_tokens, _TRACED_TOKENS))
     with tempfile.TemporaryDirectory() as folder:
         with (
@@ -239,7 +240,7 @@ def idle(url: str, service: Service, vocabulary: int, level: int, options: Optio
                 time.sleep(0.01)
             full = process.poll() is None
             process.communicate()
-        return idle_shares(read_trace(Path(folder)), _MIDDLE) if full else None
+        return idle_shares(read_trace(Path(folder)), _FULL_LOAD) if full else None
 
 
 def rounds_by_policy(service: Service) -> dict[str, int]:

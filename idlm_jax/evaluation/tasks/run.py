@@ -249,6 +249,7 @@ def _sample(item: Item, answer: Generation, scores: dict[str, bool], batch: int)
         "id": item.id,
         "prompt_sha256": _hash(item.prompt),
         "text": answer.text,
+        "token_ids": answer.token_ids,
         "scores": scores,
         "finish_reason": answer.finish_reason,
         "seed": answer.sampling.seed,

@@ -130,10 +130,14 @@ def summarize(output: Path) -> tuple[dict[str, Any], list[Row]]:
     return shared, rows
 
 
+def reference_of(cell: Mapping[str, Any]) -> str | None:
+    """The mode whose very texts the answers of a cell should be."""
+    return MODES[cell["mode"]].reference if cell["adapter"] else "ar" if cell["mode"] == "isd" else None
+
+
 def _row(cell: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Row:
     answers = samples[cell_name(cell)]
-    reference = MODES[cell["mode"]].reference if cell["adapter"] else "ar" if cell["mode"] == "isd" else None
-    theirs = {line["id"]: line["text"] for line in samples.get(cell_name({**cell, "mode": reference}), ())}
+    theirs = {line["id"]: line["text"] for line in samples.get(cell_name({**cell, "mode": reference_of(cell)}), ())}
     pairs = [(line["text"], theirs[line["id"]]) for line in answers if line["id"] in theirs]
     must_agree = cell["temperature"] == 0 or cell["coupling"] == "gumbel"
     return Row(
