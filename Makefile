@@ -32,7 +32,7 @@ help:
 	@echo "make demo         fetch SmolLM2 and answer by AR and by ISD, token for token the same"
 	@echo "make test         the test suite on the pinned releases (TEST_ARGS=... for pytest)"
 	@echo "make check        formatting, lint and types"
-	@echo "make aot          compile the kernels for H100 and TPUs, which need not be there (half an hour, 2.5 GB)"
+	@echo "make aot          compile the kernels for H100 and TPUs, which need not be there (half an hour, 3.4 GB)"
 	@echo "make test-latest  the test suite on the newest releases that pyproject.toml allows"
 	@echo "make test-lowest  the test suite on the oldest releases that pyproject.toml allows"
 	@echo "make clean        remove environments, caches and build products (models/ stays)"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
@@ -96,6 +97,9 @@ def triton_obstacle() -> str | None:
         return f"needs a GPU, not {device()}"
     if any(importlib.util.find_spec(package) is None for package in ("jax_triton", "triton")):
         return "needs the packages jax-triton and triton (the extra 'gpu')"
+    # Since 0.4 an output that takes over an input's memory is no parameter of the kernel any more.
+    if not (release := version("jax-triton")).startswith("0.3."):
+        return f"needs jax-triton 0.3 (the extra 'gpu'), not {release}"
     return None
 
 

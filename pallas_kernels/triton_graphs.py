@@ -1,14 +1,13 @@
 """Triton kernels as parts of CUDA graphs.
 
-XLA records custom calls of the typed interface alone into its command buffers. jax-triton lowers to that one since
-release 0.4; before, a kernel between two products would break the graph of a decode step there. jax has registered the
+XLA records custom calls of the typed interface alone into its command buffers, and jax-triton lowers to that one only
+since release 0.4: a kernel between two products would break the graph of a decode step there. jax has registered the
 typed call since 0.11, and it takes the same description of the kernel.
 """
 
 from functools import cache
 from typing import Any
 
-import jax_triton
 from jax.interpreters import mlir
 from jax_triton import triton_lib
 from jaxlib.mlir import ir
@@ -19,8 +18,7 @@ _TYPED_INTERFACE = 4
 @cache
 def use_typed_calls() -> None:
     """Lower every later ``jax_triton.triton_call`` to the typed custom call."""
-    if tuple(map(int, jax_triton.__version__.split(".")[:2])) < (0, 4):
-        mlir.register_lowering(triton_lib.triton_kernel_call_p, _lower, platform="cuda")
+    mlir.register_lowering(triton_lib.triton_kernel_call_p, _lower, platform="cuda")
 
 
 def _lower(ctx: mlir.LoweringRuleContext, *arguments: Any, **parameters: Any) -> Any:

@@ -95,9 +95,8 @@ def _expanded(shrunk_BMC: Float[Array, "B M C"], expand: Expand) -> Float[Array,
 def splits_of(rows: int, inputs: int, columns: int) -> int:
     """Over how many blocks the sums of a product of a few rows are split, so that the chip is full."""
     blocks, splits = math.ceil(rows / _BLOCK) * math.ceil(columns / _BLOCK), 1
-    # XLA does not make a matrix product of one row.
     while (
-        1 < rows <= _FEW_ROWS
+        rows <= _FEW_ROWS
         and 2 * splits * blocks <= _MULTIPROCESSORS
         and 2 * splits <= _MAX_SPLITS
         and inputs % (2 * splits) == 0
@@ -120,10 +119,15 @@ def multiply(
 
     Where the devices of the mesh axis ``split_over`` have parts of the inputs each, all get the whole sums. Those of a
     device are one summand by then, as few bytes as can be, and rounded once if there are many rows.
+
+    A single row is multiplied twice at once and each result halved, which is exact: XLA makes a matrix product of two
+    rows, but multiplications and sums of one.
     """
     values = x.values_BWD if isinstance(x, Normed) else x
     batch, rows, inputs = values.shape
-    splits = splits_of(batch * rows, inputs, kernel_IC.shape[1])
+    alone = batch * rows == 1
+    values_BWI = jnp.broadcast_to(values, (2, 1, inputs)) if alone else values
+    splits = splits_of(max(batch * rows, 2), inputs, kernel_IC.shape[1])
     unsplit_dtype = jnp.float32 if batch * rows <= _FLOAT32_ROWS else values.dtype
     multiplied = partial(
         jnp.einsum,
@@ -131,11 +135,11 @@ def multiply(
         preferred_element_type=jnp.float32 if splits > 1 else unsplit_dtype,
     )
     if splits == 1:
-        parts = multiplied("bwi,ic->bwc", values, kernel_IC)
+        parts = multiplied("bwi,ic->bwc", values_BWI, kernel_IC)
     else:
-        values_RSI = values.reshape(batch * rows, splits, -1)
+        values_RSI = values_BWI.reshape(-1, splits, inputs // splits)
         parts = multiplied("rsi,sic->src", values_RSI, kernel_IC.reshape(splits, -1, kernel_IC.shape[1]))
-    parts_SBWC = parts.reshape(splits, batch, rows, -1)
+    parts_SBWC = (0.5 * parts if alone else parts).reshape(-1, batch, rows, kernel_IC.shape[1])
     if split_over is not None:
         parts_SBWC = jax.lax.psum(jnp.sum(parts_SBWC, axis=0, keepdims=True).astype(unsplit_dtype), split_over)
     squares = x.squares_BWT if isinstance(x, Normed) else None

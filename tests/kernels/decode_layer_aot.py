@@ -37,8 +37,8 @@ from pallas_kernels.decode_layer import api
 
 ROOT = Path(__file__).parents[2]
 LAYERS, SLOTS, RANK = 2, 1024, 128
-# Requests and window rows: the standard layout of N = 4, its branch layout, and larger batches.
-WINDOWS = [(1, 7), (1, 16), (32, 7), (64, 7)]
+# Requests and window rows: AR, the standard layout of N = 4, its branch layout, and larger batches.
+WINDOWS = [(1, 1), (1, 7), (1, 16), (32, 7), (64, 7)]
 # The same caches in pages, whose table is the batch's.
 PAGED_WINDOWS = [(1, 7), (64, 7)]
 # Window, pages or not, and devices.

@@ -78,6 +78,7 @@ def test_unknown_or_impossible_implementations_are_refused():
 )
 def test_auto_takes_triton_only_where_it_runs_and_says_why_not(device, changes, reason, monkeypatch, caplog):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(dispatch, "version", lambda name: "0.3.1")
     monkeypatch.setattr(pallas_kernels, "BY_DEFAULT", True)
     monkeypatch.setattr(dispatch, "device", lambda: device)
     dispatch._announce.cache_clear()
@@ -99,6 +100,9 @@ def test_on_a_mesh_and_without_jax_triton_the_reference_runs(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "jax-triton" in api._obstacle(*arguments)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(dispatch, "version", lambda name: "0.4.1")
+    assert api._obstacle(*arguments) == "needs jax-triton 0.3 (the extra 'gpu'), not 0.4.1"
+    monkeypatch.setattr(dispatch, "version", lambda name: "0.3.1")
     assert api._obstacle(*arguments) is None
     with jax.set_mesh(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])):
         assert api._obstacle(jnp.zeros((1, 1, 8)), *arguments[1:]) == "does not run on a mesh"
