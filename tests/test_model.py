@@ -242,7 +242,7 @@ def smollm2_greedy(smollm2: LanguageModel) -> Generation:
 
 
 @pytest.mark.parametrize("layout", ["branch", "standard"])
-@pytest.mark.parametrize("stride", [2, 4, 8])
+@pytest.mark.parametrize("stride", [pytest.param(2, marks=pytest.mark.slow), 4, 8])
 def test_greedy_isd_on_smollm2_is_greedy_ar_token_for_token(
     stride: int, layout: str, smollm2: LanguageModel, smollm2_greedy: Generation
 ) -> None:
