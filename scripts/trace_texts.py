@@ -22,6 +22,7 @@ import tyro
 
 import idlm_jax
 from idlm_jax.backbone.qwen3 import causal_logits
+from idlm_jax.errors import UserError
 from idlm_jax.evaluation.equivalence import first_difference
 from idlm_jax.evaluation.reports import Grid, markdown
 from idlm_jax.evaluation.tasks.run import MODES, SAMPLES, cell_name, read_samples, read_task
@@ -66,7 +67,7 @@ def trace(
     if at is None:
         return None
     if at == min(len(ar["token_ids"]), len(other["token_ids"])):
-        raise SystemExit(f"error: question {ar['id']}: one answer is the beginning of the other; was it interrupted?")
+        raise UserError(f"question {ar['id']}: one answer is the beginning of the other; was it interrupted?")
     context = prompt + ar["token_ids"][:at]
     padded = np.zeros((1, math.ceil(len(context) / _LENGTHS) * _LENGTHS), np.int32)
     padded[0, : len(context)] = context
@@ -128,6 +129,8 @@ def main(options: Options) -> None:
         if cell["dtype"] == "float32":
             for each in different:
                 print(f"{cell_name(cell)}: {each}", file=sys.stderr, flush=True)
+    if not rows:
+        raise UserError(f"{options.output} holds no greedy answers to {', '.join(files)} with those they should equal")
     header = ("cell", "answers in", "same tokens", "median gap", "99 %", "largest", "the two best tokens")
     device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
     title = f"gaps in units of the standard deviation of all logits there, {device}"
@@ -135,4 +138,7 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -127,7 +127,7 @@ def multiply(
     batch, rows, inputs = values.shape
     alone = batch * rows == 1
     values_BWI = jnp.broadcast_to(values, (2, 1, inputs)) if alone else values
-    splits = splits_of(max(batch * rows, 2), inputs, kernel_IC.shape[1])
+    splits = splits_of(batch * rows, inputs, kernel_IC.shape[1])
     unsplit_dtype = jnp.float32 if batch * rows <= _FLOAT32_ROWS else values.dtype
     multiplied = partial(
         jnp.einsum,

@@ -203,3 +203,13 @@ def test_without_a_gpu_the_model_itself_runs_and_kernels_that_are_asked_for_are_
     jax.tree.map(np.testing.assert_array_equal, jax.jit(forward, static_argnums=6)(*arguments), of_model(model, GATE))
     with pytest.raises(ValueError, match=r"'triton' does not run here: .*not cpu"):
         forward(*arguments, kernels="triton")
+
+
+@pytest.mark.parametrize("inputs", [96, 4096])
+def test_a_single_row_is_multiplied_twice_for_half_the_sum_each(inputs: int) -> None:
+    x = jax.random.normal(jax.random.key(0), (1, 1, inputs), jnp.bfloat16)
+    kernel = jax.random.normal(jax.random.key(1), (inputs, 64), jnp.bfloat16)
+    made = product.multiply(x, kernel, None, None, 64, 1e-6)
+    assert made.parts_SBWC.shape == (2 * product.splits_of(1, inputs, 64), 1, 1, 64)
+    wanted = np.float64(x[0, 0]) @ np.float64(kernel)
+    np.testing.assert_allclose(made.finished()[0, 0], wanted, rtol=1e-5, atol=1e-3)
